@@ -74,7 +74,7 @@ class Config:
     eval_dataset: str = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms", demo="")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "text put behind a problem that does not mention \\boxed yet", demo="")
-    warm_start: float = option(0.3, "the demo's supervised phase ends once it solves this share of fresh problems")
+    warm_start: float = option(0.25, "the demo's supervised phase ends once it solves this share of fresh problems")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted")
     # sampling
@@ -98,13 +98,13 @@ class Config:
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)")
     constant: float = option(0.43, "coefficient of --feedback constant; 0.43 is the mean of phi(xi) on pure noise")
     # the optimizer
-    lr: float = option(1e-6, "learning rate", demo=3e-4)
+    lr: float = option(1e-6, "learning rate", demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification step (default: --lr)")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     minibatches: int = option(1, "optimizer steps that a batch is split into, in both steps (the paper: 2)")
     microbatch_tokens: int = option(16384, "padded tokens in one forward and backward pass; changes memory, not results",
-                                    demo=2048)
+                                    demo=4096)
     # the run
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
@@ -139,6 +139,7 @@ def validate(cfg: Config) -> None:
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (bool(cfg.model) or not (cfg.dataset or cfg.eval_dataset), "dataset", "it needs --model: the demo makes its own problems"),
+        (re.fullmatch(r"(cpu|cuda|mps|xpu)?(:\d+)?", cfg.device), "device", "it must be cpu, cuda, cuda:1 or the like"),
         (not cfg.device.startswith("cuda") or torch.cuda.is_available(), "device", "no CUDA device was found here"),
         (min(cfg.eval_every, cfg.eval_limit, cfg.show_every) >= 0 and cfg.save_every > 0, "eval_every",
          "it, --eval-limit and --show-every must be 0 or more, --save-every above 0"),
@@ -562,13 +563,12 @@ def find(name: str, what: str, load):
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
     """The rows of a local file, a folder or a hub dataset: `split` if it has one by that name, else its first split."""
-    path = Path(name)
-    if path.is_file() and path.suffix not in READERS:
-        raise UserError(f"the dataset {name} is not a {', '.join(READERS)} file")
+    path, source = Path(name), dict(zip(("path", "name"), [name] if Path(name).exists() else name.split(":")))
     if path.is_file():
-        splits = find(name, "dataset", lambda: datasets.load_dataset(READERS[path.suffix], data_files=name))
-    else:
-        splits = find(name, "dataset", lambda: datasets.load_dataset(*([name] if path.is_dir() else name.split(":"))))
+        if path.suffix not in READERS or path.stat().st_size == 0:
+            raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
+        source = {"path": READERS[path.suffix], "data_files": name}
+    splits = find(name, "dataset", lambda: datasets.load_dataset(**source))
     return splits[split] if split in splits else next(iter(splits.values()))
 
 
@@ -682,7 +682,7 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 0:
+        if step % 10 == 0:
             right = evaluate(model, tokenizer, probe, cfg, rng(device, cfg.seed, "probe", step))["eval_pass@1"]
             bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
             if right >= cfg.warm_start:

@@ -1,0 +1,791 @@
+"""What must hold in pipo.py. Each test names the bug it guards against; all run on the CPU, offline, in about two minutes.
+
+    make test          or          python -m pytest -q test_pipo.py
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import pipo
+from pipo import (BASES, Batch, Config, ImprovementTracker, UserError, gradient_distortion, group_advantages,
+                  improvement_rewards, policy_loss, sample, token_logprobs)
+
+HERE = Path(__file__).parent
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tiny model, and runs of the training loop in which rewards vary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(seed=0, spread=0.3):
+    """A random Qwen3 with three EOS ids among 28 tokens, so that its completions end at different lengths."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
+                         initializer_range=spread, pad_token_id=0, eos_token_id=[1, 5, 9])
+    return Qwen3ForCausalLM(config).eval()
+
+
+def letter_tokenizer():
+    """Tokens 0 and 1 are <pad> and <eos>, then a to z."""
+    characters = Tokenizer(models.BPE({c: i for i, c in enumerate(["<pad>", "<eos>", *LETTERS])}, merges=[]))
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return letter_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model folder and a dataset, as a user would have them."""
+    where = tmp_path_factory.mktemp("start")
+    tiny_model(spread=0.05).save_pretrained(where / "model")              # close to uniform: no two completions alike
+    letter_tokenizer().save_pretrained(where / "model")
+    rows = [{"problem": LETTERS[i % 20: i % 20 + 2 + i % 4], "answer": "1"} for i in range(40)]
+    (where / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return where
+
+
+PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
+
+
+def batch_of(model, tokenizer, prompts=PROMPTS, group_size=4, max_new_tokens=16, **kwargs):
+    """A sampled batch with made-up rewards in which every group but the last is mixed."""
+    batch = sample(model, tokenizer, prompts, group_size, max_new_tokens, generator=pipo.rng("cpu", 0), **kwargs)
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])[:len(prompts)]
+    batch.advantages = group_advantages(rewards)
+    return batch
+
+
+def settings(folder, out, **changes):
+    given = dict(model=str(folder / "model"), dataset=str(folder / "train.jsonl"), eval_every=0, steps=6, window=2, lr=1e-3,
+                 prompts_per_step=4, group_size=4, max_new_tokens=8, temperature=1.0, save_every=1, show_every=0,
+                 device="cpu", out=str(out))
+    return Config(**{**given, **changes})
+
+
+def coin(completion, answer):
+    """A grade that looks like chance and depends on the text alone."""
+    return float(zlib.crc32(completion.encode()) % 3 == 0), None
+
+
+@pytest.fixture
+def graded_by_coin(monkeypatch):
+    monkeypatch.setattr(pipo, "grade", coin)
+
+
+def weights(path_or_model):
+    model = path_or_model if isinstance(path_or_model, torch.nn.Module) else AutoModelForCausalLM.from_pretrained(path_or_model)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "memory_gb"} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_sampling_equals_generate(model, tokenizer):
+    """Guards against cache, position and padding errors: prompts of different length, rows dropped as they end.
+
+    Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
+    """
+    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
+    ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
+    for i, prompt in enumerate(prompts):
+        reference = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                                   max_new_tokens=24)[0, len(prompt):].tolist()
+        assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference
+    lengths = ours.mask.sum(1).tolist()
+    assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
+
+
+@pytest.mark.parametrize("temperature, top_p, cache_tokens", [(1.0, 1.0, 10**6), (0.7, 1.0, 100), (1.3, 0.8, 100)])
+def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperature, top_p, cache_tokens):
+    """Guards against a ratio that is not 1 before any update: other temperature, or top-p, on one of the two sides."""
+    batch = sample(model, tokenizer, PROMPTS, 8, 16, temperature, top_p, pipo.rng("cpu", 1), cache_tokens)
+    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, temperature, chunk=5)
+    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
+    assert (batch.mask.sum(1).unique().numel() > 3) and (batch.behavior_logprobs[batch.mask == 1] < 0).all()
+
+
+def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
+    """The slow obvious version: one row at a time, all logits at once. Guards against the shift by one."""
+    batch = batch_of(model, tokenizer)
+    ours = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, 0.7, chunk=3)
+    for i, prompt in enumerate(batch.prompts):
+        row = batch.tokens[i, : int(batch.mask[i].sum())]
+        logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
+        plain = logits.log_softmax(-1)[len(prompt) - 1: -1].gather(-1, row[:, None]).squeeze(-1)
+        assert torch.allclose(ours[i, :len(row)], plain, atol=1e-5) and (ours[i, len(row):] == 0).all()
+
+
+def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
+    """Guards against a stop token outside the loss (the model never learns to stop) and against knowing only one EOS id."""
+    assert pipo.eos_ids(model, tokenizer) == [1, 5, 9]
+    batch = batch_of(model, tokenizer, group_size=32, max_new_tokens=40)
+    ended_by = set()
+    for tokens, mask, cut in zip(batch.tokens, batch.mask, batch.truncated):
+        row = tokens[mask == 1].tolist()
+        assert not {1, 5, 9} & set(row[:-1]) and (row[-1] in (1, 5, 9)) != bool(cut)
+        assert mask[:len(row)].all() and not mask[len(row):].any()
+        ended_by.add(row[-1])
+    assert {1, 5, 9} <= ended_by
+    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
+    last = batch.mask.sum(1).long() - 1
+    gradient = torch.autograd.grad(policy_loss(logprobs, batch.behavior_logprobs, torch.ones(len(last)), batch.mask)[0], logprobs)[0]
+    assert (gradient.gather(1, last[:, None]) < 0).all()
+
+
+def test_groups_are_independent_draws_and_seeds_repeat(model, tokenizer):
+    """Guards against a prompt's copies sharing their first token (one draw expanded to G rows), and against hidden state."""
+    first = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
+    torch.rand(7)                                                           # somebody else draws in between
+    again = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
+    assert first.tokens[:, 0].unique().numel() > 5 and torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 6)).tokens)
+
+
+def test_draws_follow_the_distribution():
+    """Frequencies of 40,000 draws against softmax(logits / T), and top-p keeps the smallest set that reaches its mass."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40000, 4)
+    tokens, logprobs = pipo.draw(logits, 1.0, 1.0, pipo.rng("cpu", 0))
+    assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.01)
+    tokens, logprobs = pipo.draw(logits, 1.0, 0.7, pipo.rng("cpu", 0))
+    assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.01)
+    assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))    # of the full distribution all the same
+    tokens, _ = pipo.draw(logits, 0.5, 1.0, pipo.rng("cpu", 0))
+    assert torch.allclose(tokens.bincount(minlength=4)[0] / 40000, torch.tensor(0.25 / 0.365), atol=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages, attribution, tracker
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    """[1, 0, 0, 1]: mean 0.5, sample std 0.5774. Guards against ddof 0, and against noise in groups of equal rewards."""
+    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]]))
+    assert torch.allclose(advantages[0], torch.tensor([1, -1, -1, 1]) * 0.5 / 0.57735, atol=1e-4)
+    assert (advantages[1] == 0).all()
+    assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
+    assert torch.equal(group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
+    with pytest.raises(ValueError):
+        group_advantages(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_attribution_identities(normalize_std):
+    """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, whatever the normalisation; 0 without signal."""
+    G = 8
+    for k in range(G + 1):
+        rewards = torch.tensor([[1.0] * k + [0.0] * (G - k)])
+        a = improvement_rewards(group_advantages(rewards, normalize_std), 1.0)[0]
+        if k in (0, G):
+            assert (a == 0).all()
+            continue
+        assert torch.allclose(a[:k], torch.tensor(G / (2 * k))) and torch.allclose(a[k:], torch.tensor(-G / (2 * (G - k))))
+        assert math.isclose(a.abs().mean(), 1, rel_tol=1e-6)
+        assert torch.allclose(improvement_rewards(group_advantages(rewards, normalize_std), -0.3)[0], -0.3 * a)
+
+
+def test_tracker_by_hand():
+    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1. Guards against ddof 0, against a window that holds the present
+
+    (mu = 0.5 would then give at most sqrt(K - 1)), against a push too many, and against a warm-up of the wrong length.
+    """
+    tracker = ImprovementTracker(window=3, lam=0.1)
+    for mu in (0.1, 0.2, 0.3):
+        assert tracker.feedback(mu) is None
+        tracker.push(mu)
+    for _ in range(3):                                                      # reading changes nothing
+        xi, phi, mu_his, sigma_his = tracker.feedback(0.5)
+        assert (round(xi, 9), round(phi, 9), round(mu_his, 9), round(sigma_his, 9)) == (3.0, 3.0, 0.2, 0.1)
+    fall = tracker.feedback(0.1)
+    assert math.isclose(fall.xi, -1) and math.isclose(fall.phi, -0.1)
+    tracker.push(0.5)                                                       # the oldest leaves: [0.2, 0.3, 0.5]
+    assert math.isclose(tracker.feedback(0.4).mu_his, 1 / 3)
+
+
+def test_tracker_without_spread_clip_and_state():
+    """sigma = 0 makes xi undefined, also where rounding would leave 1e-17; a cut xi; a tracker saved and loaded."""
+    tracker = ImprovementTracker(window=8)
+    for _ in range(8):
+        tracker.push(0.1)
+    assert tracker.full and tracker.feedback(0.9) is None
+    clipped = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
+    for mu in (0.50, 0.51):
+        clipped.push(mu)
+    assert (clipped.feedback(0.9).xi, clipped.feedback(0.1).xi, clipped.feedback(0.1).phi) == (2.0, -2.0, -1.0)
+    loaded = ImprovementTracker()
+    loaded.load_state_dict(json.loads(json.dumps(clipped.state_dict())))
+    assert loaded.feedback(0.505) == clipped.feedback(0.505)
+    loaded.push(0.7)
+    assert list(loaded.history) == [0.51, 0.7] and list(clipped.history) == [0.50, 0.51]
+    for window, lam in ((1, 0.1), (8, 1.5), (8, -0.1)):
+        with pytest.raises(ValueError):
+            ImprovementTracker(window, lam)
+
+
+def test_xi_on_a_plateau_and_on_a_trend():
+    """Monte Carlo: on a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2."""
+    noise, phis = random.Random(0), []
+    for _ in range(4000):
+        tracker = ImprovementTracker(8, 0.1)
+        for _ in range(8):
+            tracker.push(noise.gauss(0, 1))
+        phis.append(tracker.feedback(noise.gauss(0, 1)).phi)
+    assert abs(statistics.mean(phis) - 0.43) < 0.04
+    tracker = ImprovementTracker(8)
+    for t in range(8):
+        tracker.push(0.01 * t)
+    assert math.isclose(0.08 - tracker.feedback(0.08).mu_his, 0.01 * 9 / 2)
+
+
+def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit():
+    """A two-armed softmax bandit: the mean GRPO gradient over that of p. Guards against mixing up the conditioning."""
+    torch.manual_seed(0)
+    p, G, n = 0.1, 8, 400_000
+    rewards = (torch.rand(n, G) < p).float()
+    spread = rewards.std(1, correction=0, keepdim=True)
+    advantages = torch.where(spread > 0, (rewards - rewards.mean(1, keepdim=True)) / spread, 0.0)
+    score = rewards - p                                                     # d log pi(arm) / d logit
+    gradient, mixed = (advantages * score).mean(1), (spread > 0).squeeze(1)
+    for estimate, conditional in ((gradient, False), (gradient[mixed], True)):
+        eta, error = estimate.mean() / (p * (1 - p)), estimate.std() / len(estimate) ** 0.5 / (p * (1 - p))
+        assert abs(eta - gradient_distortion(p, G, conditional)) < 4 * error < 0.05
+    table = {(0.1, True): 4.09, (0.01, True): 33.8, (0.001, True): 331, (0.1, False): 2.33, (0.01, False): 2.61, (0.5, True): 1.87}
+    for (p, conditional), value in table.items():
+        assert math.isclose(gradient_distortion(p, 8, conditional), value, rel_tol=4e-3)
+    assert math.isclose(gradient_distortion(1e-9, 8), math.sqrt(7), rel_tol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_rows(N=6, T=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logprobs = (-torch.rand(N, T, generator=g, dtype=torch.float64) * 2).requires_grad_()
+    behavior = logprobs.detach() + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64)
+    lengths = [1, 5, 3, 2, 5, 4][:N]
+    mask = torch.tensor([[1.0] * n + [0.0] * (T - n) for n in lengths], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.5], dtype=torch.float64)[:N]
+    return logprobs, behavior, advantages, mask
+
+
+def loss_by_hand(logprobs, behavior, advantages, mask, base, max_new_tokens):
+    """The table of the four objectives, written as loops over Python floats."""
+    low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[base]
+    sequences = []
+    for lp, old, A, m in zip(logprobs.tolist(), behavior.tolist(), advantages.tolist(), mask.tolist()):
+        n = int(sum(m))
+        ratios = [math.exp(lp[t] - old[t]) for t in range(n)]
+        if base == "gspo":
+            ratios = [math.exp(sum(lp[t] - old[t] for t in range(n)) / n)] * n
+        sequences.append([-min(r * A, min(max(r, 1 - low), 1 + high) * A) for r in ratios])
+    tokens = [x for sequence in sequences for x in sequence]
+    if base in ("grpo", "gspo"):
+        return sum(sum(s) / len(s) for s in sequences) / len(sequences)
+    return sum(tokens) / (len(tokens) if base == "dapo" else len(sequences) * max_new_tokens)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_loss_against_scalar_loops_and_finite_differences(base):
+    """Guards against the wrong average, the wrong ratio, and a gradient that is not that of the loss."""
+    logprobs, behavior, advantages, mask = random_rows()
+    loss, metrics = policy_loss(logprobs, behavior, advantages, mask, base, max_new_tokens=9)
+    assert math.isclose(loss.item(), loss_by_hand(logprobs, behavior, advantages, mask, base, 9), rel_tol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, behavior, advantages, mask, base, max_new_tokens=9)[0], logprobs)
+    assert 0 < metrics["clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("coefficient", [1.0, -1.0])
+def test_clip_on_both_signs(coefficient):
+    """The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down already.
+
+    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough in its direction.
+    """
+    for ratio in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0):
+        logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
+        loss, metrics = policy_loss(logprob, torch.tensor([[-1.0]]), torch.tensor([coefficient]), torch.ones(1, 1))
+        loss.backward()
+        moved_enough = ratio > 1.2 if coefficient > 0 else ratio < 0.8
+        assert (logprob.grad.item() == 0) == moved_enough == (metrics["clip_fraction"] == 1)
+        if not moved_enough:
+            assert math.isclose(logprob.grad.item(), -coefficient * ratio, rel_tol=1e-5)
+
+
+def test_kl_is_k3_and_averaged_like_the_loss():
+    """k3 = e^d - d - 1 with d = log pi_ref - log pi, by hand on one token; zero advantages leave the KL alone."""
+    logprobs, reference = torch.tensor([[-1.0, -9.0]]), torch.tensor([[-1.5, -2.0]])
+    loss, metrics = policy_loss(logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]), ref_logprobs=reference, kl_coef=0.5)
+    k3 = math.exp(-0.5) + 0.5 - 1
+    assert math.isclose(loss.item(), 0.5 * k3, rel_tol=1e-6) and math.isclose(metrics["kl"], k3, rel_tol=1e-6)
+
+
+def gradient_of(update_of, model):
+    """The gradient that an optimizer gets to see."""
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).clone()
+    recorder = Recorder(model.parameters(), lr=0.0)
+    return update_of(recorder), recorder.seen
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
+    """Guards against a denominator per micro-batch, against dropped rows missing from it, and against the last one's loss
+
+    standing for the batch's. The oracle is one padded pass over all rows, zero advantages included.
+    """
+    batch, results = batch_of(model, tokenizer), []
+    model, reference = copy.deepcopy(model), tiny_model(seed=3) if kl_coef else None
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))    # so that ratios are not 1
+    for budget in (1, 60, 10**9):
+        cfg = Config(base=base, kl_coef=kl_coef, microbatch_tokens=budget, max_grad_norm=1e9, temperature=1.0, max_new_tokens=16)
+        results.append(gradient_of(lambda o: pipo.update(model, o, batch, batch.advantages, cfg, 0.0, reference), model))
+    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
+    ref_logprobs = token_logprobs(reference, batch.prompts, batch.tokens, batch.mask).detach() if kl_coef else None
+    loss, means = policy_loss(logprobs, batch.behavior_logprobs, batch.advantages.flatten(), batch.mask, base,
+                              ref_logprobs=ref_logprobs, kl_coef=kl_coef, max_new_tokens=16)
+    plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    for metrics, gradient in results:
+        assert torch.allclose(gradient, plain, atol=1e-5 * plain.abs().max()) and plain.abs().max() > 0
+        assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-3, abs_tol=1e-6)
+        assert math.isclose(metrics["grad_norm"], plain.norm().item(), rel_tol=1e-4)
+        if kl_coef:
+            assert math.isclose(metrics["kl"], means["kl"], rel_tol=1e-4)
+
+
+def test_microbatches_cover_every_row_once_within_budget():
+    lengths = torch.tensor([5, 50, 7, 7, 31, 2, 90, 12])
+    parts = pipo.microbatches(lengths, 64)
+    assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
+    assert all(len(part) == 1 or len(part) * lengths[part].max() <= 64 for part in parts)
+
+
+@pytest.mark.parametrize("phi, direction", [(2.0, 1), (-0.2, -1)])
+def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, direction):
+    """xi < 0 must lower the log-probability of the previous batch's right answers and raise that of its wrong ones."""
+    model = tiny_model()
+    batch = batch_of(model, tokenizer)
+    before = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach()
+    cfg = Config(temperature=1.0, max_new_tokens=16)
+    pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, improvement_rewards(batch.advantages, phi), cfg, 0.1)
+    moved = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach() - before
+    right, wrong = batch.advantages.flatten() > 0, batch.advantages.flatten() < 0
+    assert (moved[right].mean() - moved[wrong].mean()) * direction > 0
+
+
+def test_no_step_without_signal(tokenizer):
+    """AdamW moves weights on momentum and decay even when the gradient is zero: a batch without signal takes no step."""
+    model = tiny_model()
+    batch = batch_of(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cfg = Config(temperature=1.0, max_new_tokens=16)
+    pipo.update(model, optimizer, batch, batch.advantages, cfg, 1e-2)       # momentum to move on
+    before = weights(model)
+    metrics = pipo.update(model, optimizer, batch, torch.zeros_like(batch.advantages), cfg, 1e-2)
+    assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coin):
+    """Against GRPO written out: no tracker, one optimizer step a batch, one pass over all rows."""
+    cfg = settings(folder, tmp_path / "run", feedback="none", steps=4)
+    rows = pipo.train(cfg)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(cfg.model), AutoTokenizer.from_pretrained(cfg.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    problems, _ = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
+    for step in range(1, 5):
+        chosen = pipo.pick_problems(problems, step, cfg)
+        batch = sample(model, tokenizer, [p.prompt for p in chosen], 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step))
+        A = group_advantages(torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)).flatten()
+        rows_ = (A != 0).nonzero().squeeze(1)
+        order = rows_[torch.tensor([len(batch.prompts[i]) + int(batch.mask[i].sum()) for i in rows_]).argsort(stable=True)]
+        width = int(batch.mask[order].sum(1).max())
+        mask = batch.mask[order, :width]
+        logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
+        ratio = (logprobs - batch.behavior_logprobs[order, :width]).exp()
+        surrogate = -torch.min(ratio * A[order, None], ratio.clamp(0.8, 1.2) * A[order, None])
+        ((surrogate * mask / mask.sum(1, keepdim=True)).sum() / 16).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights(model), weights(tmp_path / "run" / "model"))
+    assert {row["feedback"] for row in rows} == {"off"} and not any("pi_loss" in row for row in rows)
+
+
+def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatch):
+    """The order of one iteration, from what `update` is called with.
+
+    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration's ratio is against the
+    policy that sampled; mu counts every sample; xi is read from the K values before it.
+    """
+    calls, plain_update = [], pipo.update
+
+    def recorded(model, optimizer, batch, coefficients, cfg, lr, reference=None):
+        calls.append((batch, coefficients.clone(), lr))
+        return plain_update(model, optimizer, batch, coefficients, cfg, lr, reference)
+
+    monkeypatch.setattr(pipo, "update", recorded)
+    rows = pipo.train(settings(folder, tmp_path / "run", window=3, pi_lr=5e-4, steps=8))
+    assert [row["feedback"] for row in rows[:3]] == ["warmup"] * 3 and rows[3]["feedback"] in ("positive", "negative")
+    mus, k, previous = [row["mu"] for row in rows], 0, None
+    for t, row in enumerate(rows):
+        if t >= 3:
+            window = mus[t - 3:t]
+            assert math.isclose(row["xi"], (mus[t] - statistics.mean(window)) / statistics.stdev(window), rel_tol=1e-9)
+            assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
+            batch, coefficients, lr = calls[k]
+            k += 1
+            assert batch is previous and lr == 5e-4 and "pi_loss" in row
+            assert torch.allclose(coefficients, improvement_rewards(previous.advantages, row["phi"]))
+        batch, coefficients, lr = calls[k]
+        k += 1
+        assert batch is not previous and lr == 1e-3 and torch.equal(coefficients, batch.advantages)
+        rewards = torch.tensor([coin(text, "")[0] for text in batch.texts])
+        assert math.isclose(row["mu"], rewards.mean(), rel_tol=1e-6) and len(rewards) == 16
+        previous = batch
+    assert k == len(calls)
+
+
+@pytest.mark.parametrize("feedback", ["constant", "shuffled"])
+def test_controls_take_the_same_steps_with_another_coefficient(folder, tmp_path, graded_by_coin, feedback):
+    """A gain of PIPO must be told from that of one more step: same steps, coefficient a constant or an earlier xi's phi."""
+    rows = pipo.train(settings(folder, tmp_path / "run", feedback=feedback, steps=8, lam=0.5))
+    used = [(t, row["coefficient"]) for t, row in enumerate(rows) if row["feedback"] in ("positive", "negative")]
+    assert len(used) >= 4
+    for t, coefficient in used:
+        earlier = [row["xi"] for row in rows[:t] if row["xi"] is not None]
+        allowed = [0.43] if feedback == "constant" else [xi if xi >= 0 else 0.5 * xi for xi in earlier]
+        assert any(math.isclose(coefficient, value) for value in allowed)
+
+
+def test_minibatches_take_that_many_steps_in_both_updates(folder, tmp_path, graded_by_coin, monkeypatch):
+    steps = []
+    monkeypatch.setattr(pipo, "make_optimizer", lambda model, cfg: CountingAdamW(steps, model.parameters(), lr=cfg.lr))
+    rows = pipo.train(settings(folder, tmp_path / "run", minibatches=2, steps=5))
+    taken = sum(2 - row["skipped_steps"] + (2 - row["pi_skipped_steps"] if "pi_loss" in row else 0) for row in rows)
+    assert len(steps) == taken > 10
+
+
+class CountingAdamW(torch.optim.AdamW):
+    def __init__(self, steps, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = steps
+
+    def step(self):
+        self.steps.append(1)
+        super().step()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
+    """12 steps, and 7 resumed to 12: same metrics, same bits. Guards against a lost window, batch, moment or data order.
+
+    The metrics behind the checkpoint that a kill leaves, and a line cut in half, must go, not stand there twice.
+    """
+    whole = pipo.train(settings(folder, tmp_path / "whole", steps=12, feedback="shuffled", kl_coef=0.01))
+    pipo.train(settings(folder, tmp_path / "broken", steps=7, feedback="shuffled", kl_coef=0.01))
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 8, "mu": 9}) + "\n" + '{"step": 9, "m')
+    resumed = pipo.train(settings(folder, tmp_path / "broken", steps=12, feedback="shuffled", kl_coef=0.01, resume=True))
+    assert without_times(whole) == without_times(resumed) and len(whole) == 12
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
+    assert len({row["mu"] for row in whole}) > 3 and any(row["feedback"] == "negative" for row in whole)
+
+
+RUN = """
+import os, sys, signal, zlib, torch, pipo
+pipo.grade = lambda completion, answer: (float(zlib.crc32(completion.encode()) % 3 == 0), None)
+{patch}
+sys.exit(pipo.main(sys.argv[1:]))
+"""
+
+
+def command(folder, out, *flags, patch=""):
+    arguments = ["--model", folder / "model", "--dataset", folder / "train.jsonl", "--eval-every", "0", "--window", "2", "--lr",
+                 "1e-3", "--prompts-per-step", "4", "--group-size", "4", "--max-new-tokens", "8", "--out", out, *flags]
+    return [sys.executable, "-c", RUN.format(patch=patch), *map(str, arguments)]
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path):
+    """Guards against writing over the only checkpoint: SIGKILL with half of step 4's on the disk, then resume from step 2."""
+    patch = """
+plain_save = torch.save
+def save(state, file):
+    if state["step"] == 4:
+        file.write(b"half of it"); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
+    plain_save(state, file)
+torch.save = save
+"""
+    flags = ["--steps", "6", "--save-every", "2"]
+    killed = subprocess.run(command(folder, tmp_path / "run", *flags, patch=patch), cwd=HERE, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] == 2
+    resumed = subprocess.run(command(folder, tmp_path / "run", *flags, "--resume"), cwd=HERE, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+    run = subprocess.Popen(command(folder, tmp_path / "run", "--steps", "100000", "--save-every", "100000"), cwd=HERE,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 3 and time.time() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--resume" in said and "Traceback" not in said
+    step = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"]
+    assert step >= 3 and pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
+
+
+def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
+    """Metrics name every number the README explains; the model folder loads as any other; the run's config is on file."""
+    cfg = settings(folder, tmp_path / "run", eval_every=2, eval_dataset=str(folder / "train.jsonl"), kl_coef=0.01, steps=4)
+    rows = pipo.train(cfg)
+    expected = ("step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm clip_fraction ratio "
+                "logprob_gap entropy kl truncated zero_signal completion_length tokens seconds_sample seconds_grade "
+                "seconds_verification seconds_exploration memory_gb eval_pass@1").split()
+    assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 1e-3
+    assert {"problem", "completion", "reward"} <= set(pipo.read_jsonl(tmp_path / "run" / "samples.jsonl")[0])
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert not torch.equal(weights(tmp_path / "run" / "model"), weights(folder / "model"))
+
+
+def test_weights_are_float32(folder):
+    """bf16 weights swallow updates at a learning rate of 1e-6: masters must be fp32."""
+    half = AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
+    half.save_pretrained(folder / "half")
+    assert {p.dtype for p in pipo.load_model(str(folder / "half"), torch.device("cpu")).parameters()} == {torch.float32}
+
+
+def test_prompts_of_a_step_depend_on_the_step_alone():
+    """Guards against a data order that starts over on resume: each epoch shows every problem once, in a new order."""
+    problems, cfg = list(range(10)), Config(prompts_per_step=5)
+    epochs = [pipo.pick_problems(problems, s, cfg) + pipo.pick_problems(problems, s + 1, cfg) for s in (1, 3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == problems and epochs[0] != epochs[1]
+    assert pipo.pick_problems(problems, 7, cfg) == pipo.pick_problems(problems, 7, cfg)
+
+
+def test_the_demo_end_to_end_through_the_command_line(tmp_path):
+    """The command of the README at a tiny size: it must run from nothing, offline, and leave its files."""
+    flags = "--warm-start 0.02 --steps 3 --window 2 --prompts-per-step 4 --group-size 4 --eval-limit 32 --show-every 1".split()
+    run = subprocess.run([sys.executable, "pipo.py", *flags, "--out", tmp_path / "demo"], cwd=HERE, capture_output=True,
+                         text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr
+    assert "held-out pass@1" in run.stdout and "feedback" in run.stdout and "step 1 |" in run.stdout + run.stderr
+    assert len(pipo.read_jsonl(tmp_path / "demo" / "metrics.jsonl")) == 4 and (tmp_path / "demo" / "model").is_dir()
+
+
+def test_demo_problems_are_right_and_disjoint():
+    evaluation, warm, training = pipo.demo_rows(0)
+    assert len(evaluation) >= 500
+    asked = [{row["problem"] for row in rows} for rows in (evaluation, warm, training)]
+    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
+    for row in warm[:200]:
+        a, b = map(int, row["problem"].rstrip("?").split("+"))
+        assert int(row["answer"]) == a + b and pipo.verify(row["worked"], row["answer"]) == 1.0
+    assert pipo.demo_rows(0)[0] != pipo.demo_rows(1)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data, prompts and bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
+    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "solution": "y"}, "5"),
+    ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
+    ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
+    ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
+    ({"prompt": "q", "answer": 5}, "5"),
+    ({"prompt": "q", "solution": "\\boxed{5}"}, "5"),
+    ({"prompt": "q", "ground_truth": "5"}, "5"),
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "folder"])
+def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
+    import datasets
+    cfg = Config(instruction=" box")
+    for i, (row, gold) in enumerate(LAYOUTS):
+        if ending == "csv" and not all(isinstance(value, (str, int)) for value in row.values()):
+            continue
+        name = tmp_path / (f"{i}.{ending}" if ending != "folder" else str(i))
+        rows = datasets.Dataset.from_list([row, row])
+        if ending == "folder":
+            name.mkdir()
+            rows.to_parquet(name / "train.parquet")
+        elif ending == "json":
+            name.write_text(json.dumps([row, row]))
+        else:
+            {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
+        problems, _ = pipo.read_problems(pipo.load_rows(str(name), "train"), tokenizer, cfg, "rows")
+        assert [p.answer for p in problems] == [gold, gold]
+        assert problems[0].text == ("q" if isinstance(row.get("prompt"), list) else "q box")
+
+
+def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer):
+    import datasets
+    rows = [{"problem": "ab", "solution": "\\boxed{1}"}, {"problem": "ab", "solution": "no box"}, {"problem": "ab", "solution": None},
+            {"problem": "abcdefgh", "solution": "\\boxed{1}"}]
+    problems, left_out = pipo.read_problems(datasets.Dataset.from_list(rows), tokenizer, Config(max_prompt_tokens=5, instruction=""), "")
+    assert len(problems) == 1 and sorted(left_out.values()) == [1, 2]
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    """Without its template a chat model never emits EOS and every reward is 0."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = ("{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
+                          "{% if not enable_thinking %}n{% endif %}")
+    messages = [{"role": "user", "content": "abc"}]
+    assert chat.decode(pipo.encode(chat, messages)) == "uabcgn" and chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
+    assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
+
+
+def bad_inputs(where):
+    good = ["--model", f"{where}/model", "--dataset", f"{where}/train.jsonl", "--eval-every", "0", "--out", f"{where}/never"]
+    (where / "columns.jsonl").write_text('{"text": "x", "label": "y"}')
+    (where / "empty.jsonl").write_text("")
+    (where / "notes.txt").write_text("x")
+    (where / "noanswer.jsonl").write_text('{"problem": "x", "answer": ""}')
+    (where / "emptyfolder").mkdir(exist_ok=True)
+    return [
+        ([*good, "--model", "/no/such/folder"], "/no/such/folder does not exist"),
+        ([*good, "--model", "nobody/nothing"], "nobody/nothing can be read neither"),
+        ([*good, "--model", f"{where}/emptyfolder"], "emptyfolder can be read neither"),
+        ([*good, "--dataset", "/no/such/file.parquet"], "/no/such/file.parquet does not exist"),
+        ([*good, "--dataset", "nobody/nothing"], "nobody/nothing can be read neither"),
+        ([*good, "--dataset", f"{where}/columns.jsonl"], "has the columns text, label; understood are prompt + reward_model"),
+        ([*good, "--dataset", f"{where}/empty.jsonl"], "empty.jsonl is empty or"),
+        ([*good, "--dataset", f"{where}/emptyfolder"], "emptyfolder"),
+        ([*good, "--dataset", f"{where}/notes.txt"], "notes.txt is empty or not a"),
+        ([*good, "--dataset", f"{where}/noanswer.jsonl"], "no usable problem"),
+        ([*good, "--max-prompt-tokens", "1"], "40 with a prompt over 1 tokens"),
+        ([*good, "--eval-every", "2", "--eval-dataset", "/no/such"], "/no/such does not exist"),
+        ([*good, "--window", "1"], "--window is 1"),
+        ([*good, "--lam", "1.5"], "--lam is 1.5"),
+        ([*good, "--lam", "nan"], "--lam is nan"),
+        ([*good, "--group-size", "1"], "--group-size is 1"),
+        ([*good, "--temperature", "0"], "--temperature is 0.0"),
+        ([*good, "--top-p", "0"], "--top-p is 0.0"),
+        ([*good, "--top-p", "1.1"], "--top-p is 1.1"),
+        ([*good, "--lr", "-1"], "--lr is -1.0"),
+        ([*good, "--steps", "0"], "--steps is 0"),
+        ([*good, "--minibatches", "3"], "--minibatches is 3"),
+        ([*good, "--device", "cuda"], "no CUDA device"),
+        ([*good, "--device", "abacus"], "--device is 'abacus'"),
+        ([*good, "--resume"], "nothing to resume"),
+        ([*good, "--resume", "--overwrite"], "--overwrite is True"),
+        ([*good, "--out", f"{where}/train.jsonl/run"], "cannot be written"),
+        (["--dataset", f"{where}/train.jsonl"], "it needs --model"),
+    ]
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_2(folder, capsys, monkeypatch):
+    """No traceback, no work done first, no run left behind."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pipo, "load_model", lambda *_: pytest.fail("expensive work before the check"))
+    monkeypatch.setattr(pipo, "build_demo", lambda *_: pytest.fail("expensive work before the check"))
+    cases = bad_inputs(folder)
+    if torch.cuda.is_available():
+        cases = [case for case in cases if "CUDA" not in case[1]]
+    for arguments, sentence in cases:
+        code, said = pipo.main(arguments), capsys.readouterr().err.strip()
+        assert code == 2 and sentence in said and said.count("\n") == 0, (arguments, said)
+    for arguments in (["--no-such-flag"], ["--base", "ppo"], ["--steps", "many"], ["--temp", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            pipo.main(arguments)
+        assert stop.value.code == 2
+
+
+def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
+    pipo.train(settings(folder, tmp_path, steps=2))
+    for changes, sentence in [({}, "already holds a run"), ({"resume": True}, "already stands at step 2"),
+                              ({"resume": True, "steps": 4, "lr": 0.5, "window": 3}, "--window was 2, is 3; --lr was 0.001, is 0.5")]:
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            pipo.train(settings(folder, tmp_path, **{"steps": 2, **changes}))
+    assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
+
+
+@pytest.mark.parametrize("lr, broken", [(1e30, "sampling"), (1e-3, "gradient")])
+def test_a_run_that_breaks_down_stops_with_its_batch_on_file(folder, tmp_path, graded_by_coin, monkeypatch, lr, broken):
+    """A NaN must stop the run, never be trained through; the step is named and the last checkpoint stays."""
+    if broken == "gradient":
+        plain, calls = pipo.policy_loss, []
+        monkeypatch.setattr(pipo, "policy_loss", lambda *a, **k: (calls.append(1), (plain(*a, **k)[0] * (
+            math.nan if len(calls) > 3 else 1), {}))[1])
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*bad_batch"):
+        pipo.train(settings(folder, tmp_path / "run", lr=lr, steps=20))
+    bad = torch.load(tmp_path / "run" / "bad_batch.pt")
+    assert len(bad["problems"]) == 4 and bad["step"] == torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] + 1
+
+
+def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
+    """Signals can only be caught on the main thread; the loop must not need them."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(pipo.train(settings(folder, tmp_path / "run", steps=2))))
+    thread.start()
+    thread.join()
+    assert len(results[0]) == 2
+
+
+def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
+    """README and code drift apart: every command shown must be one that the program takes."""
+    help_text = subprocess.run([sys.executable, "pipo.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
+    for flag in ("--model --dataset --eval-dataset --base --feedback --window --lam --xi-clip --steps --prompts-per-step "
+                 "--group-size --max-new-tokens --max-prompt-tokens --temperature --top-p --lr --pi-lr --kl-coef --minibatches "
+                 "--seed --device --out --resume --eval-every --save-every").split():
+        assert flag + " " in help_text or flag + "\n" in help_text
+    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", (HERE / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for line in commands:
+        if "--help" not in line:
+            pipo.validate(pipo.parse(line.split()))
