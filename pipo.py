@@ -10,11 +10,11 @@ held against the last K, says whether the policy improved, and the previous batc
     phi_t   = xi_t if xi_t >= 0 else lam * xi_t
     r_i     = phi_t * G * A_i / sum_group |A_j|         for each sample i of B_{t-1}, A the GRPO advantage
 
-    one iteration:  sample and grade B_t  ->  step on B_{t-1} with r (verification)  ->  step on B_t with A (exploration)
+    one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-    python pipo.py                              # offline demo: a 1M-parameter model learns arithmetic, minutes on a laptop
-    python pipo.py --model Qwen/Qwen3-4B        # MATH, on one GPU
-    python pipo.py --help                       # every setting, with its meaning
+    python pipo.py                          # offline demo: a 1M-parameter model learns to add, minutes on a laptop
+    python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
+    python pipo.py --help                   # every setting, with its meaning
 
 Left out on purpose: more than one GPU, an inference server, replay beyond the previous batch, learned reward models and
 rate schedules. Letters: Q prompts a step, G samples a prompt (the group), N = Q*G sequences, T tokens, V vocabulary.
@@ -51,6 +51,11 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynam
                           Qwen3Config, Qwen3ForCausalLM)
 from transformers.utils import logging as transformers_logging
 
+try:
+    import resource
+except ImportError:             # Windows
+    resource = None
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. One dataclass is the only place where a number is chosen: its fields are the command-line flags, their help
 # and config.json. `demo` is the value used instead when no --model is given.
@@ -61,6 +66,10 @@ class UserError(Exception):
     """Something the user can put right: shown as one sentence, exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def option(default, help, demo=None, choices=None):
     return field(default=default, metadata=dict(help=help, demo=demo, choices=choices))
 
@@ -69,8 +78,8 @@ def option(default, help, demo=None, choices=None):
 class Config:
     # the task
     model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
-    dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: hub name (org/name or org/name:config)"
-                          ", or a .parquet, .jsonl, .json or .csv file, or a folder", demo="")
+    dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: a hub name (org/name, or "
+                          "org/name:config), a .parquet, .jsonl, .json or .csv file, or a folder", demo="")
     eval_dataset: str = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms", demo="")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "text put behind a problem that does not mention \\boxed yet", demo="")
@@ -83,7 +92,7 @@ class Config:
     group_size: int = option(8, "G, samples a prompt")
     max_new_tokens: int = option(4096, "longest completion", demo=48)
     temperature: float = option(0.7, "of sampling, in training and evaluation", demo=1.0)
-    top_p: float = option(1.0, "draw from the smallest set of tokens with this mass; 1 is exact, below it the ratio is not")
+    top_p: float = option(1.0, "draw from the smallest set of tokens with this mass")
     cache_tokens: int = option(262144, "tokens the key-value cache may hold at once; more is faster, less saves memory")
     # the base objective (exploration step)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
@@ -91,8 +100,8 @@ class Config:
     clip_high: float = option(None, "upper clip of the ratio (default: the base's own)")
     kl_coef: float = option(0.0, "weight of the KL to the starting model; above 0 it is kept in memory as a reference")
     # the feedback (verification step)
-    feedback: str = option("pipo", "what scales the verification step: phi(xi), nothing, --constant, or phi of a xi drawn "
-                           "from earlier ones", choices=("pipo", "none", "constant", "shuffled"))
+    feedback: str = option("pipo", "what scales the verification step: phi(xi), no such step, --constant, or the "
+                           "phi of an earlier xi drawn at random", choices=("pipo", "none", "constant", "shuffled"))
     window: int = option(8, "K, past mean rewards that the present one is held against")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)")
@@ -103,8 +112,7 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     minibatches: int = option(1, "optimizer steps that a batch is split into, in both steps (the paper: 2)")
-    microbatch_tokens: int = option(16384, "padded tokens in one forward and backward pass; changes memory, not results",
-                                    demo=4096)
+    microbatch_tokens: int = option(16384, "padded tokens in one backward pass; changes memory, not results", demo=4096)
     # the run
     seed: int = option(0, "the same seed gives the same run on the same machine")
     device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
@@ -124,8 +132,8 @@ def validate(cfg: Config) -> None:
     """Refuse settings that make no sense (raises UserError) before anything is loaded."""
     positive = "steps prompts_per_step max_new_tokens max_prompt_tokens lr max_grad_norm microbatch_tokens cache_tokens"
     rules = [(0 < getattr(cfg, name) < math.inf, name, "it must be above 0") for name in positive.split()]
-    rules += [(getattr(cfg, f.name) in f.metadata["choices"], f.name, "it must be one of " + ", ".join(f.metadata["choices"]))
-              for f in fields(cfg) if f.metadata["choices"]]
+    rules += [(getattr(cfg, f.name) in choices, f.name, f"it must be one of {', '.join(choices)}")
+              for f in fields(cfg) if (choices := f.metadata["choices"])]
     rules += [
         (cfg.window >= 2, "window", "a standard deviation needs at least 2 past rewards"),
         (0 <= cfg.lam <= 1, "lam", "it must lie between 0 and 1"),
@@ -138,15 +146,18 @@ def validate(cfg: Config) -> None:
         (cfg.minibatches >= 1 and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
-        (bool(cfg.model) or not (cfg.dataset or cfg.eval_dataset), "dataset", "it needs --model: the demo makes its own problems"),
-        (re.fullmatch(r"(cpu|cuda|mps|xpu)?(:\d+)?", cfg.device), "device", "it must be cpu, cuda, cuda:1 or the like"),
-        (not cfg.device.startswith("cuda") or torch.cuda.is_available(), "device", "no CUDA device was found here"),
+        (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own problems"),
+        (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own problems"),
         (min(cfg.eval_every, cfg.eval_limit, cfg.show_every) >= 0 and cfg.save_every > 0, "eval_every",
          "it, --eval-limit and --show-every must be 0 or more, --save-every above 0"),
     ]
     for ok, name, reason in rules:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r}: {reason}")
+    try:
+        torch.empty(0, device=cfg.device or "cpu")
+    except (RuntimeError, AssertionError) as error:                         # an unknown name, or no such device here
+        raise UserError(f"--device is {cfg.device!r}: {first_line(error)}")
 
 
 def rng(device, *key) -> torch.Generator:
@@ -156,7 +167,7 @@ def rng(device, *key) -> torch.Generator:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole the policy finds.
+# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole to be found.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -194,14 +205,14 @@ def grade(completion: str, answer: str) -> tuple[float, str | None]:
 
 
 def verify(completion: str, answer: str) -> float:
-    """1.0 if the completion's final answer equals `answer`, a bare answer or a solution holding \\boxed{...}; else 0.0."""
+    """1.0 if the completion's final answer equals `answer`, bare or a solution holding \\boxed{...}; else 0.0."""
     return grade(completion, answer)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling. Each prompt is read once and its cache copied to the G rows of its group; rows that have ended are dropped as
-# they go. The sampler alone knows what was drawn and how likely it was, so the mask and the behavior policy's
-# log-probabilities come from here and are never guessed from token ids later.
+# Sampling. Each prompt is read once and its cache copied to the G rows of its group; rows that have ended are dropped.
+# The sampler alone knows what was drawn and how likely it was, so the mask and the behavior policy's log-probabilities
+# come from here and are never guessed from token ids later.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,14 +266,15 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     model.eval()
     device, eos, T = model.device, torch.tensor(eos_ids(model, tokenizer), device=model.device), max_new_tokens
     N = len(prompts) * group_size
-    tokens, mask, logprobs = (torch.zeros(N, T, dtype=kind, device=device) for kind in (torch.long, torch.float, torch.float))
+    tokens = torch.zeros(N, T, dtype=torch.long, device=device)             # (N, T)
+    mask, logprobs = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)             # (N, T), (N, T)
     longest = max(len(prompt) for prompt in prompts)
     wave = max(1, cache_tokens // (group_size * (longest + T)))
     chunk = max(1, min(T // 8, 128))                                        # tokens between two looks for ended rows
     for first in range(0, len(prompts), wave):
         group = prompts[first:first + wave]
         width = max(len(prompt) for prompt in group)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in group], device=device)              # (q, P) padded in front
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in group], device=device)              # (q, P) pads first
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group], device=device)  # (q, P)
         cache = DynamicCache(config=model.config)
         logits = model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0), past_key_values=cache,
@@ -312,7 +324,7 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=256) -> 
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)       # (n, S)
     predicts = torch.tensor([[len(p) <= s + 1 < len(row) for s in range(width)] for p, row in zip(prompts, rows)],
-                            device=model.device)                            # (n, S) the next token is a completion token
+                            device=model.device)                            # (n, S) a completion token comes next
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]           # (tokens, H)
     targets = ids.roll(-1, 1)[predicts]                                     # (tokens,)
     head = model.get_output_embeddings()
@@ -373,7 +385,7 @@ class Feedback(NamedTuple):
 class ImprovementTracker:
     """The sliding window of mean rewards, and xi and phi read against it (PIPO, Section 5; K = 8, lambda = 0.1).
 
-    Read `feedback(mu)` first, then `push(mu)` once: a reward that stands in its own window bounds xi and halves its trend.
+    Read `feedback(mu)` first, then `push(mu)` once: a reward in its own window would bound xi and halve its trend.
     """
 
     def __init__(self, window: int = 8, lam: float = 0.1, xi_clip: float | None = None):
@@ -390,7 +402,7 @@ class ImprovementTracker:
         return xi if xi >= 0 else self.lam * xi
 
     def feedback(self, mu: float) -> Feedback | None:
-        """How `mu` compares with the window; None while it fills, or when its rewards are all equal (xi is undefined)."""
+        """How `mu` compares with the window; None while it fills, or if its rewards are all equal (xi is undefined)."""
         if not self.full:
             return None
         mu_his, sigma_his = statistics.mean(self.history), statistics.stdev(self.history)   # exact sums: equal gives 0
@@ -432,7 +444,7 @@ class Base(NamedTuple):
     sequence_ratio: bool    # one ratio a sequence instead of one a token
     clip_low: float
     clip_high: float
-    average: str            # "sequence": tokens, then sequences; "token": all tokens alike; "fixed": over N * max_new_tokens
+    average: str            # "sequence": tokens, then sequences; "token": all alike; "fixed": by N * max_new_tokens
 
 
 BASES = {
@@ -445,7 +457,7 @@ BASES = {
 
 def policy_loss(logprobs, behavior_logprobs, advantages, mask, base="grpo", clip_low=None, clip_high=None,
                 ref_logprobs=None, kl_coef=0.0, n_sequences=None, n_tokens=None, max_new_tokens=None):
-    """The clipped surrogate of `base`: (N, T) log-probabilities, advantages (N,), mask (N, T) -> (scalar loss, metrics).
+    """The clipped surrogate of `base`: log-probabilities (N, T), advantages (N,), mask (N, T) -> (loss, metrics).
 
     -min(ratio * A, clip(ratio) * A) with the coefficient inside the min, so that it clips on both signs; plus
     kl_coef times the k3 estimate of KL(policy || reference), averaged the same way. `n_sequences`, `n_tokens` (default:
@@ -517,9 +529,9 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
             if reference is not None:
                 with torch.no_grad():
                     ref_logprobs = token_logprobs(reference, prompts, tokens, mask, cfg.temperature)
-            loss, means = policy_loss(logprobs, behavior, coefficients[picked], mask, cfg.base, cfg.clip_low, cfg.clip_high,
-                                      ref_logprobs, cfg.kl_coef if reference is not None else 0.0,
-                                      n_sequences, n_tokens, cfg.max_new_tokens)
+            loss, means = policy_loss(
+                logprobs, behavior, coefficients[picked], mask, cfg.base, cfg.clip_low, cfg.clip_high, ref_logprobs,
+                cfg.kl_coef if reference is not None else 0.0, n_sequences, n_tokens, cfg.max_new_tokens)
             loss.backward()
             count = int(mask.sum())
             sums.update({name: value * count for name, value in means.items()})
@@ -536,11 +548,11 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data and models. Everything that touches the hub, a file or the tokenizer, so that the rest sees token ids and tensors.
+# Data and models. All that touches the hub, a dataset or a chat template, so that the rest sees token ids and tensors.
 # ---------------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = (("prompt", "reward_model"), ("problem", "answer"), ("problem", "solution"), ("question", "answer"),
-           ("prompt", "answer"), ("prompt", "solution"), ("prompt", "ground_truth"))     # (problem, gold): first match wins
+           ("prompt", "answer"), ("prompt", "solution"), ("prompt", "ground_truth"))     # problem + gold, first match
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -557,8 +569,7 @@ def find(name: str, what: str, load):
     try:
         return load()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the {what} {name} can be read neither from a file or folder here nor from the hub: {reason}")
+        raise UserError(f"the {what} {name} can be read neither here nor from the hub: {first_line(error)}")
 
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
@@ -580,8 +591,8 @@ def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def read_problems(rows, tokenizer, cfg: Config, name: str) -> tuple[list[Problem], Counter]:
-    """Turn dataset rows into problems, with a count of the rows left out. Raises UserError if none is left."""
+def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
+    """Turn dataset rows into problems; says how many were left out and why. Raises UserError if none is left."""
     layout = next((pair for pair in LAYOUTS if set(pair) <= set(rows.column_names)), None)
     if layout is None:
         raise UserError(f"{name} has the columns {', '.join(rows.column_names)}; understood are "
@@ -605,10 +616,12 @@ def read_problems(rows, tokenizer, cfg: Config, name: str) -> tuple[list[Problem
             left_out[f"with a prompt over {cfg.max_prompt_tokens} tokens"] += 1
             continue
         problems.append(Problem(prompt[-1]["content"], ids, answer))
+    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
-    return problems, left_out
+    if reasons:
+        tqdm.write(f"left out of {name}: {reasons}")
+    return problems
 
 
 def load_model(path: str, device, trainable: bool = True):
@@ -616,7 +629,8 @@ def load_model(path: str, device, trainable: bool = True):
 
     fp32 weights: at a learning rate of 1e-6 most updates are too small for a bf16 weight to notice.
     """
-    model = find(path, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).to(device).requires_grad_(trainable).eval()
+    model = find(path, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    model = model.to(device).requires_grad_(trainable).eval()
     if model.device.type == "cuda" and trainable:
         model.gradient_checkpointing_enable()
     ids = torch.arange(4, device=model.device)[None]                        # (1, 4)
@@ -632,8 +646,8 @@ def make_optimizer(model, cfg: Config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo. The only code that a real run does not use: a tiny Qwen3 with a tokenizer of single characters, warm-started on
-# worked additions until it is sometimes right, and saved to a folder that is then loaded like any other model.
+# The demo. The only code that a real run does not use: a tiny Qwen3 with a tokenizer of single characters learns to add
+# from worked examples until it is sometimes right (RL needs that), and is saved to a folder and loaded like any model.
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEMO_EVAL, DEMO_WARM, DEMO_TRAIN, DEMO_DIGITS = 512, 16384, 16384, 3
@@ -673,7 +687,7 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
     T = max(map(len, solutions))
     tokens = torch.tensor([s + [0] * (T - len(s)) for s in solutions], device=device)               # (n, T)
     mask = torch.tensor([[1.0] * len(s) + [0.0] * (T - len(s)) for s in solutions], device=device)  # (n, T)
-    probe = [Problem(row["problem"], ids, row["answer"]) for row, ids in zip(warm[:256], prompts)]  # kept out of training
+    probe = [Problem(row["problem"], ids, row["answer"]) for row, ids in zip(warm[:256], prompts)]  # not trained on
     bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
     for step in bar:
         rows = torch.randint(len(probe), len(prompts), (64,), generator=rng("cpu", cfg.seed, "warm start", step))
@@ -697,11 +711,11 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model", "start")
-FREE_TO_CHANGE = {"steps", "device", "out", "resume", "overwrite", "save_every", "show_every"}   # between stop and resume
+MAY_DIFFER = {"steps", "device", "out", "resume", "overwrite", "save_every", "show_every"}       # when a run goes on
 
 
 def open_run(cfg: Config) -> tuple[Path, dict | None]:
-    """The run's folder, made and writable, and the checkpoint to go on from. Raises UserError for all that is in the way."""
+    """The run's folder, made and writable, and the checkpoint to go on from; a UserError for what is in the way."""
     name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
     out = Path(cfg.out or Path("runs") / name).expanduser()
     try:
@@ -713,10 +727,10 @@ def open_run(cfg: Config) -> tuple[Path, dict | None]:
     saved = out / "checkpoint" / "state.pt"
     if cfg.resume:
         if not saved.exists():
-            raise UserError(f"there is nothing to resume in {out}: it has no checkpoint")
+            raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; start anew with --overwrite")
         before, now = json.loads((out / "config.json").read_text()), asdict(cfg)
         changed = [f"--{name.replace('_', '-')} was {before.get(name)!r}, is {now[name]!r}" for name in now
-                   if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+                   if name not in MAY_DIFFER and before.get(name) != now[name]]
         if changed:
             raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
         state = torch.load(saved, map_location="cpu", weights_only=True)
@@ -731,12 +745,12 @@ def open_run(cfg: Config) -> tuple[Path, dict | None]:
     return out, None
 
 
-def save_checkpoint(out: Path, **state) -> None:
-    """Write beside the old checkpoint, then swap: a kill at any moment leaves a whole one."""
-    path = out / "checkpoint" / "state.pt"
+@contextmanager
+def swapped_in(path: Path):
+    """A binary file to write beside `path` and swap in whole: a kill at any moment leaves the old one or the new."""
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save(state, file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".partial"), path)
@@ -753,14 +767,14 @@ def read_jsonl(path: Path, last_step: float = math.inf) -> list[dict]:
     return [row for row in rows if row["step"] <= last_step]
 
 
-def write_jsonl(path: Path, rows: list[dict], mode: str = "a") -> None:
-    with open(path, mode) as file:
+def append_jsonl(path: Path, *rows: dict) -> None:
+    with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @contextmanager
 def interrupt_flag():
-    """Yields a list that Ctrl-C puts something into, so that the step in hand can end and be saved; a second one kills."""
+    """Yields a list, empty until Ctrl-C: the step in hand can then end and be saved. A second one stops at once."""
     flag, previous = [], None
 
     def handler(*_):
@@ -812,24 +826,36 @@ def evaluate(model, tokenizer, problems: list[Problem], cfg: Config, generator=N
 
 
 def feedback_coefficient(feedback: Feedback | None, past_xi: list[float], tracker: ImprovementTracker, cfg: Config,
-                         generator) -> tuple[float, str]:
-    """What the verification step is scaled with, and in a word why: phi(xi), or a control in its place."""
+                         step: int) -> tuple[float, str]:
+    """What the verification step is scaled with, and why in a word: phi(xi), or a control in its place."""
     if cfg.feedback == "none":
         return 0.0, "off"
     if feedback is None:
         return 0.0, "sigma_zero" if tracker.full else "warmup"
-    if cfg.feedback == "shuffled" and not past_xi:
-        return 0.0, "warmup"
-    value = {"pipo": lambda: feedback.phi, "constant": lambda: cfg.constant, "shuffled": lambda: tracker.phi(
-        past_xi[int(torch.randint(len(past_xi), (), generator=generator))])}[cfg.feedback]()
+    value = feedback.phi
+    if cfg.feedback == "constant":
+        value = cfg.constant
+    if cfg.feedback == "shuffled":
+        if not past_xi:
+            return 0.0, "warmup"
+        value = tracker.phi(past_xi[int(torch.randint(len(past_xi), (), generator=rng("cpu", cfg.seed, "xi", step)))])
     return value, "positive" if value > 0 else "negative" if value < 0 else "zero"
 
 
+def pick_samples(batch: Batch, rewards: Tensor, problems: list[Problem], step: int) -> list[dict]:
+    """A right and a wrong completion of the batch, where it has both, for eyes and samples.jsonl."""
+    flat, G = rewards.flatten(), rewards.shape[1]                           # (N,)
+    return [{"step": step, "problem": problems[i // G].text, "answer": problems[i // G].answer,
+             "completion": batch.texts[i], "reward": flat[i].item(), "truncated": batch.truncated[i].item()}
+            for i in sorted({int(flat.argmax()), int(flat.argmin())})]
+
+
 def peak_memory_gb(device) -> float:
-    """The most memory held so far: on the GPU, or by this process."""
+    """The most memory held so far: on the GPU, or by this process (nan on Windows, which does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource                                                         # not on Windows
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -841,7 +867,7 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         if size > 1e9 and device.type == "cpu":
-            tqdm.write(f"warning: {size / 1e9:.1f}B parameters on a CPU: an iteration will take hours; a GPU is meant for this")
+            tqdm.write(f"warning: {size / 1e9:.1f}B parameters on a CPU: an iteration takes hours; use a GPU for this")
         train_rows = load_rows(cfg.dataset, "train")
         eval_rows = load_rows(cfg.eval_dataset, "test") if cfg.eval_every else None
     else:
@@ -852,10 +878,8 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
             build_demo(Path(path), cfg, warm, device)
         train_rows, eval_rows = datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(eval_rows)
     tokenizer = find(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
-    problems, left_out = read_problems(train_rows, tokenizer, cfg, cfg.dataset)
-    held_out, _ = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset) if cfg.eval_every else ([], None)
-    for reason, count in left_out.items():
-        tqdm.write(f"left out {count} training rows {reason}")
+    problems = read_problems(train_rows, tokenizer, cfg, cfg.dataset)
+    held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset) if cfg.eval_every else []
     return path, tokenizer, problems, held_out[:cfg.eval_limit or None]
 
 
@@ -877,20 +901,22 @@ def train(cfg: Config) -> list[dict]:
         previous = Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in previous.items()})
         state = None                                                        # free the loaded copy
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    for name in ("metrics.jsonl", "samples.jsonl"):                         # what a kill left behind the checkpoint goes
-        write_jsonl(out / name, read_jsonl(out / name, done), mode="w")
+    for name in ("metrics.jsonl", "samples.jsonl"):                         # rows later than the checkpoint go
+        kept = read_jsonl(out / name, done)
+        with swapped_in(out / name) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
 
-    N = cfg.prompts_per_step * cfg.group_size
-    print(f"{cfg.base} with feedback {cfg.feedback}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters on "
-          f"{device}; steps {done + 1} to {cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} "
-          f"sequences, at most {N * cfg.max_new_tokens:,} tokens each; {len(problems):,} training and {len(held_out):,} "
-          f"held-out problems; files in {out}")
+    N, size = cfg.prompts_per_step * cfg.group_size, sum(p.numel() for p in model.parameters())
+    tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on {device}; {len(problems):,} "
+               f"training and {len(held_out):,} held-out problems; steps {done + 1} to {cfg.steps}, each of "
+               f"{cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
+               f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
 
     def evaluation() -> dict:
         return evaluate(model, tokenizer, held_out, cfg, rng(device, cfg.seed, "evaluation")) if held_out else {}
 
     if done == 0 and held_out:
-        write_jsonl(out / "metrics.jsonl", [{"step": 0, **evaluation()}])
+        append_jsonl(out / "metrics.jsonl", {"step": 0, **evaluation()})
     bar = tqdm(initial=done, total=cfg.steps, desc="pipo", unit="step")
     with interrupt_flag() as interrupted:
         for step in range(done + 1, cfg.steps + 1):
@@ -914,7 +940,7 @@ def train(cfg: Config) -> list[dict]:
 
                 # --- verification: did the last updates help? a second step on B_{t-1} that says so ------------------
                 feedback, verification = tracker.feedback(mu), {}
-                coefficient, kind = feedback_coefficient(feedback, past_xi, tracker, cfg, rng("cpu", cfg.seed, "xi", step))
+                coefficient, kind = feedback_coefficient(feedback, past_xi, tracker, cfg, step)
                 if coefficient:
                     pi_rewards = improvement_rewards(previous.advantages, coefficient)              # (Q, G)
                     if pi_rewards.any():
@@ -935,7 +961,7 @@ def train(cfg: Config) -> list[dict]:
             past_xi += [feedback.xi] if feedback else []
             previous = batch
 
-            # --- log, evaluate, save -----------------------------------------------------------------------------------
+            # --- log, evaluate, save ---------------------------------------------------------------------------------
             n_tokens = batch.mask.sum().item()
             row = {"step": step, "mu": mu, "feedback": kind, "coefficient": coefficient,
                    **(feedback or Feedback(None, None, None, None))._asdict(),
@@ -950,20 +976,19 @@ def train(cfg: Config) -> list[dict]:
                 clock = time.perf_counter()
                 row.update(evaluation())
                 row["seconds_evaluation"] = time.perf_counter() - clock
-            write_jsonl(out / "metrics.jsonl", [row])
-            shown = sorted({rewards.flatten().argmax().item(), rewards.flatten().argmin().item()})  # a right and a wrong one
-            picks = [{"step": step, "problem": chosen[i // cfg.group_size].text, "answer": chosen[i // cfg.group_size].answer,
-                      "completion": batch.texts[i], "reward": rewards.flatten()[i].item(),
-                      "truncated": batch.truncated[i].item()} for i in shown]
-            write_jsonl(out / "samples.jsonl", picks)
+            append_jsonl(out / "metrics.jsonl", row)
+            picks = pick_samples(batch, rewards, chosen, step)
+            append_jsonl(out / "samples.jsonl", *picks)
             for pick in picks if cfg.show_every and step % cfg.show_every == 0 else []:
-                tqdm.write(f"step {step} | {'right' if pick['reward'] else 'wrong'} (answer {pick['answer']}) | "
-                           f"{pick['problem'][-80:]!r} -> {pick['completion'][-200:]!r}")
+                problem, completion = (" ".join(pick[name].split()) for name in ("problem", "completion"))
+                tqdm.write(f"step {step}, reward {pick['reward']:.0f}, answer {pick['answer']}: "
+                           f"{problem[-100:]} -> {completion[-300:]}{' [cut off]' * pick['truncated']}")
             bar.set_postfix(reward=f"{mu:.2f}", **{name: f"{row[name]:+.2f}" for name in ("xi", "phi") if feedback})
             bar.update()
             if step % cfg.save_every == 0 or step == cfg.steps or interrupted:
-                save_checkpoint(out, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                tracker=tracker.state_dict(), previous=vars(previous), past_xi=past_xi)
+                with swapped_in(out / "checkpoint" / "state.pt") as file:
+                    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                "tracker": tracker.state_dict(), "previous": vars(previous), "past_xi": past_xi}, file)
             if interrupted and step < cfg.steps:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step}; go on with the same command and --resume")
@@ -979,7 +1004,8 @@ def summary(rows: list[dict], out: Path) -> str:
     """What a run came to, in a few lines."""
     steps, evals = ([row for row in rows if key in row] for key in ("mu", "eval_pass@1"))
     kinds = Counter(row["feedback"] for row in steps)
-    phases = {name: sum(row[f"seconds_{name}"] for row in steps) for name in ("sample", "grade", "verification", "exploration")}
+    phases = {name: sum(row[f"seconds_{name}"] for row in steps)
+              for name in ("sample", "grade", "verification", "exploration")}
     scores = [f"{row['eval_pass@1']:.1%} +- {row['eval_stderr']:.1%}" for row in evals]
     lines = [f"held-out pass@1: {scores[0]} -> {scores[-1]}"] if scores else []
     lines += ["feedback: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
@@ -1002,7 +1028,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         default = "" if f.default in (None, "", False) else f" (default: {f.default})"
         kind = dict(action="store_true") if f.type in (bool, "bool") else dict(
             type=float if f.default is None else type(f.default), choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=(f.metadata["help"] + default + demo).replace("%", "%%"), **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + default + demo, **kind)
     given = vars(parser.parse_args(arguments))
     return Config(**({} if given.get("model") else DEMO) | given)
 
