@@ -87,7 +87,7 @@ class Config:
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted")
     # sampling
-    steps: int = option(261, "iterations", demo=80)
+    steps: int = option(261, "iterations", demo=60)
     prompts_per_step: int = option(128, "Q, prompts an iteration", demo=32)
     group_size: int = option(8, "G, samples a prompt")
     max_new_tokens: int = option(4096, "longest completion", demo=48)
@@ -146,6 +146,7 @@ def validate(cfg: Config) -> None:
         (cfg.minibatches >= 1 and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
+        (0 <= cfg.warm_start < 1, "warm_start", "it must be a share, from 0 to below 1"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own problems"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own problems"),
         (min(cfg.eval_every, cfg.eval_limit, cfg.show_every) >= 0 and cfg.save_every > 0, "eval_every",
@@ -269,13 +270,13 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     tokens = torch.zeros(N, T, dtype=torch.long, device=device)             # (N, T)
     mask, logprobs = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)             # (N, T), (N, T)
     longest = max(len(prompt) for prompt in prompts)
-    wave = max(1, cache_tokens // (group_size * (longest + T)))
+    per_wave = max(1, cache_tokens // (group_size * (longest + T)))         # prompts
     chunk = max(1, min(T // 8, 128))                                        # tokens between two looks for ended rows
-    for first in range(0, len(prompts), wave):
-        group = prompts[first:first + wave]
-        width = max(len(prompt) for prompt in group)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in group], device=device)              # (q, P) pads first
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group], device=device)  # (q, P)
+    for first in range(0, len(prompts), per_wave):
+        wave = prompts[first:first + per_wave]
+        width = max(len(prompt) for prompt in wave)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in wave], device=device)               # (q, P) pads first
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in wave], device=device)   # (q, P)
         cache = DynamicCache(config=model.config)
         logits = model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0), past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1]      # (q, V)
@@ -334,7 +335,7 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=256) -> 
 
     pieces = [checkpoint(logprob, h, y, use_reentrant=False, preserve_rng_state=False)
               for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.zeros_like(mask).masked_scatter(mask.bool(), torch.cat(pieces))                    # (n, T)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), torch.cat(pieces))      # (n, T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,6 +351,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (Q, G) with G >= 2, got {tuple(rewards.shape)}")
+    rewards = rewards.float()                                               # (Q, G)
     centered = rewards - rewards.mean(1, keepdim=True)                      # (Q, G)
     if normalize_std:
         centered = centered / (rewards.std(1, keepdim=True) + 1e-6)         # (Q, G) ddof 1
@@ -468,7 +470,7 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, base="grpo", clip
     low, high = (given if given is not None else own for given, own in
                  ((clip_low, spec.clip_low), (clip_high, spec.clip_high)))
     lengths = mask.sum(1, keepdim=True).clamp(min=1)                        # (N, 1)
-    log_ratio = (logprobs - behavior_logprobs) * mask                       # (N, T)
+    log_ratio = (logprobs - behavior_logprobs).masked_fill(mask == 0, 0.0)  # (N, T)
     gap = log_ratio.detach().abs()                                          # (N, T)
     if spec.sequence_ratio:
         log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand(N, T)     # (N, T) the same all along a row
@@ -477,13 +479,13 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, base="grpo", clip
     per_token = -torch.min(plain, clipped)                                  # (N, T)
     means = {"clip_fraction": (clipped < plain).float(), "ratio": ratio.detach(), "logprob_gap": gap}
     if kl_coef:
-        d = (ref_logprobs - logprobs) * mask                                # (N, T)
+        d = (ref_logprobs - logprobs).masked_fill(mask == 0, 0.0)           # (N, T)
         kl = d.exp() - d - 1                                                # (N, T) k3: unbiased and never negative
         per_token, means["kl"] = per_token + kl_coef * kl, kl.detach()
     if spec.average == "sequence":
         loss = (per_token * mask / lengths).sum() / (n_sequences or N)
     elif spec.average == "token":
-        loss = (per_token * mask).sum() / (n_tokens or mask.sum())
+        loss = (per_token * mask).sum() / (n_tokens or mask.sum().clamp(min=1))
     else:
         loss = (per_token * mask).sum() / ((n_sequences or N) * (max_new_tokens or T))
     return loss, {name: ((value * mask).sum() / mask.sum().clamp(min=1)).item() for name, value in means.items()}
@@ -609,8 +611,9 @@ def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
         if not answer or not prompt:
             left_out["without a question or an answer"] += 1
             continue
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt + ("" if "\\boxed" in prompt else cfg.instruction)}]
+        if not isinstance(prompt, list):
+            text = str(prompt)
+            prompt = [{"role": "user", "content": text + ("" if "\\boxed" in text else cfg.instruction)}]
         ids = encode(tokenizer, prompt, cfg.thinking)
         if len(ids) > cfg.max_prompt_tokens:
             left_out[f"with a prompt over {cfg.max_prompt_tokens} tokens"] += 1
@@ -701,6 +704,8 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
             bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
             if right >= cfg.warm_start:
                 break
+    else:
+        raise UserError(f"the warm start solves {right:.0%} after {step} steps and not --warm-start {cfg.warm_start:.0%}")
     bar.close()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -718,16 +723,16 @@ def open_run(cfg: Config) -> tuple[Path, dict | None]:
     """The run's folder, made and writable, and the checkpoint to go on from; a UserError for what is in the way."""
     name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
     out = Path(cfg.out or Path("runs") / name).expanduser()
+    saved = out / "checkpoint" / "state.pt"
+    if cfg.resume and not saved.exists():
+        raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; start anew with --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink()
     except OSError as error:
         raise UserError(f"the output folder {out} cannot be written: {error.strerror}")
-    saved = out / "checkpoint" / "state.pt"
     if cfg.resume:
-        if not saved.exists():
-            raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; start anew with --overwrite")
         before, now = json.loads((out / "config.json").read_text()), asdict(cfg)
         changed = [f"--{name.replace('_', '-')} was {before.get(name)!r}, is {now[name]!r}" for name in now
                    if name not in MAY_DIFFER and before.get(name) != now[name]]
@@ -850,12 +855,12 @@ def pick_samples(batch: Batch, rewards: Tensor, problems: list[Problem], step: i
             for i in sorted({int(flat.argmax()), int(flat.argmin())})]
 
 
-def peak_memory_gb(device) -> float:
-    """The most memory held so far: on the GPU, or by this process (nan on Windows, which does not tell)."""
+def peak_memory_gb(device) -> float | None:
+    """The most memory held so far: on the GPU, or by this process (None on Windows, which does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
-        return math.nan
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -912,11 +917,13 @@ def train(cfg: Config) -> list[dict]:
                f"{cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
                f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
 
-    def evaluation() -> dict:
-        return evaluate(model, tokenizer, held_out, cfg, rng(device, cfg.seed, "evaluation")) if held_out else {}
+    def evaluation(step) -> dict:
+        scores = evaluate(model, tokenizer, held_out, cfg, rng(device, cfg.seed, "evaluation"))
+        tqdm.write(f"step {step}: held-out pass@1 {scores['eval_pass@1']:.1%} +- {scores['eval_stderr']:.1%}")
+        return scores
 
     if done == 0 and held_out:
-        append_jsonl(out / "metrics.jsonl", {"step": 0, **evaluation()})
+        append_jsonl(out / "metrics.jsonl", {"step": 0, **evaluation(0)})
     bar = tqdm(initial=done, total=cfg.steps, desc="pipo", unit="step")
     with interrupt_flag() as interrupted:
         for step in range(done + 1, cfg.steps + 1):
@@ -974,7 +981,7 @@ def train(cfg: Config) -> list[dict]:
                    **seconds, "memory_gb": peak_memory_gb(device)}
             if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
                 clock = time.perf_counter()
-                row.update(evaluation())
+                row.update(evaluation(step))
                 row["seconds_evaluation"] = time.perf_counter() - clock
             append_jsonl(out / "metrics.jsonl", row)
             picks = pick_samples(batch, rewards, chosen, step)

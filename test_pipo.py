@@ -725,6 +725,7 @@ def bad_inputs(where):
         ([*good, "--resume", "--overwrite"], "--overwrite is True"),
         ([*good, "--out", f"{where}/train.jsonl/run"], "cannot be written"),
         (["--dataset", f"{where}/train.jsonl"], "it needs --model"),
+        (["--warm-start", "1.5"], "--warm-start is 1.5"),
     ]
 
 
