@@ -5,19 +5,22 @@ Reinforcement learning with verifiable rewards, in a loop that looks back. GRPO 
 them, and pushes up what beat its group: nobody checks whether the push helped. PIPO does: the next batch's mean reward,
 held against the last K, says whether the policy improved, and the previous batch is then stepped on once more.
 
+Letters: Q prompts a step, G samples a prompt (the group), N = Q*G sequences, T tokens, V vocabulary. B_t is the batch
+of step t, A_i the GRPO advantage of its sample i, K the length of the window, lam the weight of a fall.
+
     mu_t    = mean reward of the fresh batch B_t
     xi_t    = (mu_t - mean(mu_{t-1} .. mu_{t-K})) / std(mu_{t-1} .. mu_{t-K})
     phi_t   = xi_t if xi_t >= 0 else lam * xi_t
-    r_i     = phi_t * G * A_i / sum_group |A_j|         for each sample i of B_{t-1}, A the GRPO advantage
+    r_i     = phi_t * G * A_i / sum_group |A_j|         for each sample i of B_{t-1}
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-    python pipo.py                          # offline demo: a 1M-parameter model learns to add, minutes on a laptop
+    python pipo.py                          # offline demo: a 0.8M-parameter model learns to add, minutes on a laptop
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
     python pipo.py --help                   # every setting, with its meaning
 
-Left out on purpose: more than one GPU, an inference server, replay beyond the previous batch, learned reward models and
-rate schedules. Letters: Q prompts a step, G samples a prompt (the group), N = Q*G sequences, T tokens, V vocabulary.
+Left out on purpose: more than one GPU, an inference server, replay beyond the previous batch, learned reward models,
+rate schedules, dropout.
 """
 
 import argparse
@@ -33,6 +36,8 @@ import statistics
 import sys
 import threading
 import time
+import unicodedata
+import zlib
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -41,9 +46,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import mpmath
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models as tokenizer_models
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -57,8 +63,8 @@ except ImportError:             # Windows
     resource = None
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. One dataclass is the only place where a number is chosen: its fields are the command-line flags, their help
-# and config.json. `demo` is the value used instead when no --model is given.
+# Settings. One dataclass holds them all: its fields are the command-line flags, their --help and config.json. `demo` is
+# the value used instead when no --model is given.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +88,7 @@ class Config:
                           "org/name:config), a .parquet, .jsonl, .json or .csv file, or a folder", demo="")
     eval_dataset: str = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms", demo="")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
-                              "text put behind a problem that does not mention \\boxed yet", demo="")
+                              "put behind a problem without \\boxed in it, not behind ready messages", demo="")
     warm_start: float = option(0.25, "the demo's supervised phase ends once it solves this share of fresh problems")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted")
@@ -93,7 +99,7 @@ class Config:
     max_new_tokens: int = option(4096, "longest completion", demo=48)
     temperature: float = option(0.7, "of sampling, in training and evaluation", demo=1.0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass")
-    cache_tokens: int = option(262144, "tokens the key-value cache may hold at once; more is faster, less saves memory")
+    cache_tokens: int = option(65536, "tokens in the key-value cache at a time, at least one group's; more is faster")
     # the base objective (exploration step)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)")
@@ -105,52 +111,54 @@ class Config:
     window: int = option(8, "K, past mean rewards that the present one is held against")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)")
-    constant: float = option(0.43, "coefficient of --feedback constant; 0.43 is the mean of phi(xi) on pure noise")
+    constant: float = option(0.43, "coefficient of --feedback constant; 0.43: phi's mean on noise at K 8, lambda 0.1")
     # the optimizer
     lr: float = option(1e-6, "learning rate", demo=1e-4)
-    pi_lr: float = option(None, "learning rate of the verification step (default: --lr)")
+    pi_lr: float = option(None, "learning rate of the verification (policy-improvement) step (default: --lr)")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     minibatches: int = option(1, "optimizer steps that a batch is split into, in both steps (the paper: 2)")
     microbatch_tokens: int = option(16384, "padded tokens in one backward pass; changes memory, not results", demo=4096)
     # the run
-    seed: int = option(0, "the same seed gives the same run on the same machine")
+    seed: int = option(0, "the same seed gives the same run on the same machine (on a CPU, to the last bit)")
     device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
     out: str = option("", "folder for the run's files (default: runs/<name of the model, base, feedback and seed>)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "delete the run that is in --out")
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", demo=20)
-    eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", demo=512)
+    eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all")
     save_every: int = option(10, "steps between checkpoints", demo=20)
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", demo=20)
 
 
+# Config(**DEMO) is what `python pipo.py` runs.
 DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
 
 
 def validate(cfg: Config) -> None:
     """Refuse settings that make no sense (raises UserError) before anything is loaded."""
-    positive = "steps prompts_per_step max_new_tokens max_prompt_tokens lr max_grad_norm microbatch_tokens cache_tokens"
-    rules = [(0 < getattr(cfg, name) < math.inf, name, "it must be above 0") for name in positive.split()]
+    positive = ("steps prompts_per_step minibatches max_new_tokens max_prompt_tokens cache_tokens microbatch_tokens "
+                "save_every lr pi_lr max_grad_norm temperature xi_clip").split()
+    not_negative = "eval_every eval_limit show_every kl_coef weight_decay clip_low clip_high".split()
+    given = {name: value for name, value in asdict(cfg).items() if value is not None}
+    rules = [(math.isfinite(value), name, "it must be a finite number") for name, value in given.items()
+             if isinstance(value, float)]
+    rules += [(given[name] > 0, name, "it must be above 0") for name in positive if name in given]
+    rules += [(given[name] >= 0, name, "it must be 0 or more") for name in not_negative if name in given]
     rules += [(getattr(cfg, f.name) in choices, f.name, f"it must be one of {', '.join(choices)}")
               for f in fields(cfg) if (choices := f.metadata["choices"])]
     rules += [
         (cfg.window >= 2, "window", "a standard deviation needs at least 2 past rewards"),
         (0 <= cfg.lam <= 1, "lam", "it must lie between 0 and 1"),
-        (cfg.xi_clip is None or cfg.xi_clip > 0, "xi_clip", "it must be above 0"),
         (cfg.group_size >= 2, "group_size", "a sample is compared with its group, so it takes at least 2"),
-        (0 < cfg.temperature < math.inf, "temperature", "it must be above 0"),
         (0 < cfg.top_p <= 1, "top_p", "it must lie above 0 and not above 1"),
-        (cfg.pi_lr is None or 0 < cfg.pi_lr < math.inf, "pi_lr", "it must be above 0"),
-        (0 <= cfg.kl_coef < math.inf, "kl_coef", "it must be 0 or more"),
-        (cfg.minibatches >= 1 and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
+        (cfg.clip_low is None or cfg.clip_low < 1, "clip_low", "it must lie below 1"),
+        (cfg.prompts_per_step % max(1, cfg.minibatches) == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (0 <= cfg.warm_start < 1, "warm_start", "it must be a share, from 0 to below 1"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own problems"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own problems"),
-        (min(cfg.eval_every, cfg.eval_limit, cfg.show_every) >= 0 and cfg.save_every > 0, "eval_every",
-         "it, --eval-limit and --show-every must be 0 or more, --save-every above 0"),
     ]
     for ok, name, reason in rules:
         if not ok:
@@ -164,49 +172,601 @@ def validate(cfg: Config) -> None:
 def rng(device, *key) -> torch.Generator:
     """A generator that depends on `key` alone, so that no draw depends on how many others were made before it."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))           # 7 bytes fit an int64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole to be found.
+# Text -> tokens -> recursive descent -> values -> comparison. Nothing is ever executed: an answer can only become
+# numbers, names and operators listed here. There is no timer: the limits below bound the work before it is done.
 # ---------------------------------------------------------------------------------------------------------------------
+
+MAX_TEXT = 1_500  # characters of an answer
+MAX_DEPTH = 25  # nested brackets, fractions, roots, ...
+MAX_BITS = 20_000  # of an exact number: 2^20000, 1500!
+MAX_COST = 50_000  # of reading and comparing, about a microsecond each
+POINTS = 12  # where expressions in variables are compared
+DIGITS = 300  # of what is not an exact fraction
+TINY = 1e-150  # far below any honest difference, far above what rounding does to numbers between 2^-300 and 2^300
+
+
+class Unreadable(Exception):
+    """The text is not in the grammar."""
+
+
+class TooBig(Exception):
+    """Reading or comparing the text would take more than the limits allow."""
+
+
+def table(text):
+    """'a b c; d e': b and c stand for a, e stands for d."""
+    return {name: row.split()[0] for row in text.split(";") for name in row.split()}
+
+
+SPELLINGS = table(r"""
+    * \cdot \times \ast × · ⋅ ∙ ∗; / \div ÷ ⁄ ∕; - − – —; ^ **; <= \le \leq \leqslant ≤ ⩽; >= \ge \geq \geqslant ≥ ⩾;
+    < \lt; > \gt; != \ne \neq ≠; ~ \approx \simeq ≈; \in ∈; \pm ±; \mp ∓; \cup ∪; \cap ∩; \setminus \backslash ∖;
+    \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \mathbb{R} ℝ \R \reals; \pi π pi; \sqrt √ sqrt; % \%; $ \$;
+    \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; ) \rangle ⟩; : \colon;
+    [ \lbrack; ] \rbrack; or \lor \vee; and \land \wedge &; \arcsin arcsin asin; \arccos arccos acos; \log log \lg;
+    \arctan arctan atan; \ln ln; \sin sin; \cos cos; \tan tan; \cot cot; \sec sec; \csc csc; \gcd gcd; \lcm lcm""")
+# Different units are never equal; other trailing words are merely dropped. A plural -s is dropped before the look-up.
+UNITS = table(r"""
+    mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in; yard yd;
+    foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; minute min; hour hr h;
+    day; week; month; year yr; l liter litre; ml milliliter; gallon; mph; dollar $ usd; cent ¢; euro €; £; radian;
+    degree deg \circ; % percent pct percentage; j joule; n newton; w watt; v volt; k kelvin; hz hertz; am; pm""")
+PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # which are units outside \text{...} too
+# After one of these words, "5 and some words" is no longer 5.
+HEDGES = set("""not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise to through
+    between less more fewer than least most about approximately if unless except without
+    dozen hundred thousand million billion trillion""".split())
+LETTERS = set(r"""\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \kappa \lambda \mu \nu
+    \xi \rho \sigma \tau \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Sigma \Phi \Psi \Omega \ell
+    \hbar""".split())
+ACCENTS = set(r"\overline \bar \vec \hat \tilde \overrightarrow \widehat \dot \ddot".split())
+FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh log ln floor ceil".split()} | {
+    r"\arcsin": "asin", r"\arccos": "acos", r"\arctan": "atan", r"\abs": "fabs"}  # as mpmath calls them
+EXACT = {r"\abs": abs, r"\floor": math.floor, r"\ceil": math.ceil, r"\gcd": math.gcd, r"\lcm": math.lcm,
+         r"\binom": math.comb, "!": math.factorial}
+CALLS = {*FUNCTIONS, r"\gcd", r"\lcm"}
+SIGNS = {"+": 1, "-": -1, r"\pm": 1, r"\mp": -1}
+SEPARATORS = (",", ";", "or", "and", r"\\")
+RELATIONS = ("=", "~", "!=", "<", "<=", ">", ">=", r"\in")
+MATRICES = {rf"\begin{{{name}}}" for name in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "cases")}
+STARTS = {*CALLS, *LETTERS, *ACCENTS, *MATRICES, "(", "[", "{", r"\pi", r"\sqrt", r"\frac", r"\binom"}
+INFINITY, MINUS_ONE = [math.inf], [Fraction(-1)]
+CONSTANTS = {r"\infty": INFINITY, r"\emptyset": ("set",), r"\mathbb{R}": ("()", [-math.inf], INFINITY), '"nan"': [None]}
+# What may stand before "=" as a mere label of the value: x, a_n, f(x), (x, y), V_1 : V_2, AB, Area.
+NAME = r"\\?[a-zA-Z]+(?: _ (?:\w|\{[^{}]*\}))?(?: ')*(?: \( [^()=]* \))?"
+LABEL = re.compile(rf'{NAME}(?: : {NAME})*|\( {NAME}(?: , {NAME})+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+')
+UNIT = re.compile(r'(?:"[^"]*"|\\circ|[%$€£¢]) (?:(?:"[^"]*"|\\circ|[/*%$]|\^ (?:- )?\d|\^ \{ (?:- )?\d \}) )*')
+
+# What is only dress, or another way to write the same: a text that contains the first has the second replaced.
+STYLE = r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|boldsymbol|operatorname)\*?\s*"
+SPACE = r"(?<!\\)\\[,!;:> ]|\\q?quad|\\thinspace|~"
+FRAC, INTEGER = r"\\[dtc]?frac\s*", r"\{\s*([0-9]+)\s*\}\s*"
+REWRITES = [(part, re.compile(pattern), new) for part, pattern, new in [
+    ("", r'["“”`]|(?<!\\)\$|(?<!\\)\\[()\[\]](?![a-z])', " "),
+    ("\\", r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:left|right)\s*\.", " "),
+    ("\\", r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|boxed|fbox|underline|rm|bf)(?![A-Za-z])", " "),
+    ("", r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{%s}" % unicodedata.normalize("NFKC", m[0])),
+    ("", r"[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄"))),
+    ("\\l", r"\\l(floor|ceil)", r"\\\1("), ("\\r", r"\\r(?:floor|ceil)", ")"), ("vert", r"\\[lr]?vert", "|"),
+    ("|", r"\|([^|]*)\|", r"\\abs(\1)"), ("exp", r"\\?\bexp(?![A-Za-z])", "e^"),
+    ("\\\\", r"\\\\\s*\[[^][]*\]", r"\\\\"),  # \\[2pt]
+    ("", r"(?<=[0-9])(?:\{\s*,\s*\}|,?(?:%s)|,\\!|\s)\s*(?=[0-9]{3}(?![0-9]))" % SPACE, ""),  # 1{,}234  1,\!234  1\,234
+    ("", r"(?:%s|\s)+" % SPACE, " "),
+    (".", r"(?i)\b([ap])\.\s?m\.?(?![a-z])", r"\1m"),
+    ("\\", STYLE + r"\{([^{}]*)\}", lambda m: quoted(m[1])), ("\\", STYLE + r"(?![A-Za-z])", " "),
+    ("", r'^ *\(?"?([A-Z])"? ?[).:] *(?=["0-9]|\\frac|\\sqrt|\\\$)(?:(?!\b(?:or|and|not|[A-Z])\b|[,;(]).)*$', r"\1"),
+    ('"', r'\^? ?\{? ?"(?:st|nd|rd|th)" ?\}?', " "), ("", r"(?<=[0-9])(?:st|nd|rd|th)\b", " "),  # 12^{\text{th}}
+    ("", r"°|\\degree", r"\\circ "), ("circ", r"\^ ?(?:\{ ?\\circ ?\}|\\circ)", r"\\circ "),
+    ("circ", r'\\circ *"?[CF]"? *$', r"\\circ"), ("\\", r"\\(angle|triangle) ?([A-Z]{1,5})", r' "\1\2" '),
+    ("over", r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    ("\\", r"(\\[dtc]?(?:frac|binom)\s*)([0-9])", r"\1{\2}"),  # \frac12
+    ("\\", r"(\\[dtc]?(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    ("/", r"(?<![0-9])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    ("frac", r"(?<![0-9.^_])([0-9]+)\s*%s%s%s" % (FRAC, INTEGER, INTEGER),  # 1\frac12
+     lambda m: r"(%s+\frac{%s}{%s})" % m.groups() if int(m[2]) < int(m[3]) else m[0]),
+    (".", r"(?<![0-9])([0-9]*\.([0-9]*))\\(?:overline|bar)\{([0-9]+)\}",  # 0.1\overline{6}
+     lambda m: "(%s0+%s/%s)" % (m[1], m[3], "9" * len(m[3]) + "0" * len(m[2]))),
+    ("frac", FRAC + r'\{ ?("\w+") ?\} ?\{ ?("\w+") ?\}', r"\1/\2"),
+    ("eal", r'(?i)"?all"? "?reals?"?(?: "?numbers"?)?', r"\\mathbb{R}"),
+    ("", r"^ ?(?:[=:≈]|\\approx(?![a-z]))|(?<![\s.,;:])[\s.,;:]+$", ""),
+    (",", r"^(?:[^(\[\\]|\\(?!\{))*$", lambda m: COMMAS.sub(lambda n: n[0].replace(",", ""), m[0])),  # not (1,234)
+    ("", r"^(?=.*(?:[^\W\d_]{4}|[A-Z]\w|[aeiou]))(?:[^\W\d_]|[\s.,'’-])+$", lambda m: quoted(m[0])),
+]]
+COMMAS = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])")
+TOKEN = re.compile(r"""(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9.]))?  # 12  .5  1e-8
+    | "[^"]*" | \\(?:begin|end)\{\w+\} | \\mathbb\{\w\} | \\[A-Za-z]+ | \\\S
+    | [^\W\d_]+ | <= | >= | \*\* | (?<![0-9)!])!= | \S""", re.VERBOSE)
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+HASHES = re.compile(r"(?<!#)####(?!#)(?!\W{0,9}(?:final|answer|step|solution)\b)[ \t]*(\S.*)", re.I)
+CUE = re.compile(r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)", re.I)
+MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+SPECIAL = re.compile(r"<\|[^|>]*\|>|</s>|<eos>")
+
+
+def boxed(text):
+    """The content of the last box; None without a box, "" if the last one is empty or never closed."""
+    box = BOX.match(text, max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0))
+    if not box:
+        return None
+    rest, depth = text[box.end():box.end() + 10 * MAX_TEXT], 0
+    if not rest.startswith("{"):  # \boxed 5
+        return re.match(r"[^\s${}]*", rest)[0]
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return rest[1:brace.start()].strip()
+    return ""
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer of a completion: its last \\boxed{...}, else what follows its last `####`, else None."""
-    text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        found = re.findall(r"####\s*(\S[^\n]*)", text)
-        return found[-1].strip() if found else None
-    depth, first = 0, text.index("{", start)
-    for i in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[first + 1:i].strip() or None
-    return None                                                             # cut off inside the box
+    """The final answer of a completion as it was written, or None.
+
+    The last box; without any box the last `#### x`; otherwise "the answer is x" near the end. Thoughts do not count,
+    and there is no fallback: a truncated or empty last box, or bare numbers in prose, are no answer.
+    """
+    start, *thoughts = text.split("<think>")
+    text = "\n".join(part.rpartition("</think>")[2] for part in (start, *(x for x in thoughts if "</think>" in x)))
+    answer = boxed(text)
+    if answer is None and (found := HASHES.findall(text[-10 * MAX_TEXT:])):
+        answer = SPECIAL.split(found[-1])[0]
+    elif answer is None:
+        tail = SPECIAL.split(text[-1000:])[0]
+        for cue in CUE.finditer(tail):
+            inside = MATH.match(tail, cue.end())
+            rest = re.split(r"\.\s|\n", tail[cue.end():] + "\n")[0]
+            answer = next(filter(None, inside.groups())) if inside else rest
+    return (answer or "").strip(" \t\n*") or None
 
 
-def normalize(answer: str) -> str | Fraction:
-    """A rational number exactly, or the text without what does not change its meaning."""
-    text = re.sub(r"\\left|\\right|\\[!,;: ]|[\s$]|\.$", "", answer)
-    text = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}|\\[dt]?frac(\d)(\d)", r"\1\3/\2\4", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    if len(text) <= 100 and re.fullmatch(r"[-+]?(\d+/0*[1-9]\d*|\d+\.?\d*|\.\d+)", text):
-        return Fraction(text)
-    return text.lower()
+def quoted(text):
+    """Words in quotes, so that they are never read as products of letters."""
+    return " %s " % re.sub(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", r'"\g<0>"', text)
+
+
+def tokenize(text):
+    """Canonical tokens: numbers, "words" in quotes, single letters, \\commands and symbols."""
+    if len(text) > MAX_TEXT:
+        raise TooBig
+    for part, pattern, new in REWRITES:
+        text = pattern.sub(new, text) if part in text else text
+    tokens = []
+    for token in TOKEN.findall(text):
+        word = token.strip('"')
+        is_word = token != word or len(word) > 3 or word.istitle() or word.lower().rstrip("s") in PLAIN_UNITS
+        if word in SPELLINGS or token == word and not word.isalpha():
+            tokens.append(SPELLINGS.get(word, word))
+        elif len(word) > 1 and is_word or token[1:-1] in UNITS:
+            tokens.append(f'"{word.lower()}"')
+        else:  # a product of letters
+            tokens.extend(word)
+    return tokens
+
+
+class PerThread(threading.local):
+    """An mpmath context for each thread, as the precision of the global one is not ours to change."""
+
+    def __init__(self):
+        self.mp = mpmath.MPContext()
+        self.mp.dps = DIGITS
+
+
+LOCAL = PerThread()
+
+
+def kind(node):
+    """What a node is: "" if samples."""
+    return node[0] if type(node) is tuple else ""
+
+
+class Arithmetic:
+    """Computes with samples: a list of one number if constant, else of one at each of POINTS points; None if undefined.
+
+    Numbers are exact fractions as long as they can be, and then mpmath's with DIGITS digits.
+    """
+
+    def __init__(self):
+        self.mp, self.cost, self.complex = LOCAL.mp, MAX_COST, False  # complex: whether i was met
+
+    def pay(self, cost):
+        self.cost -= cost
+        if self.cost < 0:
+            raise TooBig
+
+    def size(self, x):
+        """The bits of a fraction, the binary exponent of another number."""
+        exact = type(x) is Fraction
+        return x.numerator.bit_length() + x.denominator.bit_length() if exact else abs(self.mp.mag(x or 1))
+
+    def checked(self, x, *args):
+        """x, if it is a fraction that is not too large, or args have so few digits that rounding does no harm."""
+        exact = type(x) is Fraction
+        for size in map(self.size, [x] if exact else args):
+            self.pay(3 + size // 20 if exact else DIGITS // 15)
+            if size > (MAX_BITS if exact else DIGITS):
+                raise TooBig
+        return x
+
+    def each(self, function, *args):
+        """The samples of function(*args)."""
+        if not args or any(type(arg) is not list for arg in args):
+            raise Unreadable
+
+        def sample(*xs):
+            try:
+                return None if any(x is None or type(x) is float for x in xs) else function(*xs)
+            except (ArithmeticError, ValueError, TypeError):  # undefined here, or of such arguments
+                return None
+
+        return [sample(*(arg[k % len(arg)] for arg in args)) for k in range(max(map(len, args)))]
+
+    def add(self, a, b):
+        return self.each(lambda x, y: self.checked(x + y, *(z for z in (x, y) if type(z) is Fraction)), a, b)
+
+    def mul(self, a, b):
+        for x, y in ((a, b), (b, a)):
+            if kind(x) in ("matrix", "row"):  # a number times a matrix
+                return (x[0], *(self.mul(item, y) for item in x[1:]))
+        return self.each(lambda x, y: self.checked(x * y, x, y, x * y), a, b)
+
+    def neg(self, a):
+        return [None if x is None else -x for x in a] if type(a) is list else self.mul(MINUS_ONE, a)
+
+    def pow(self, a, b):
+        return self.each(self.power, a, b)
+
+    def div(self, a, b):
+        return self.mul(a, self.each(lambda x: self.power(x, Fraction(-1)), b))
+
+    def call(self, name, *args):
+        return self.each(lambda *xs: self.function(name, *xs), *args)
+
+    def power(self, x, y):
+        if abs(x) < TINY and (x == 0 or type(x) is not Fraction):
+            return Fraction(0) if y.real > 0 else 1 / Fraction(0)
+        if abs(y) * (self.size(x) + 5) > MAX_BITS:
+            raise TooBig
+        if type(x) is type(y) is Fraction and y.denominator == 1:
+            return self.checked(x ** int(y))
+        if type(y) is Fraction and y.denominator % 2 and x.real < 0 and abs(x.imag) < TINY:  # the real root
+            return self.power(-x.real, y) * (-1) ** (y.numerator % 2)
+        self.pay(DIGITS)
+        power = self.mp.power(x, y)
+        return self.checked(power, x, y, power)
+
+    def function(self, name, *xs):
+        if name in EXACT and all(type(x) is Fraction for x in xs):
+            if name in (r"\binom", "!") and max(xs) > 1500:
+                raise TooBig
+            return self.checked(Fraction(EXACT[name](*(int(x) if x.denominator == 1 else x for x in xs))))
+        if name not in FUNCTIONS:
+            raise ValueError("not whole numbers")
+        self.pay(DIGITS)
+        if abs(xs[0]) > 10**6:
+            raise TooBig
+        y = getattr(self.mp, FUNCTIONS[name])(*xs)
+        if not self.mp.isfinite(y) or abs(y) > 1 / TINY:
+            raise ZeroDivisionError("a pole")
+        return Fraction(0) if abs(y) < TINY else self.checked(y, y, *xs)
+
+    def variable(self, name):
+        """Samples of a variable: fractions of either sign, then positive integers."""
+        bits = [zlib.crc32(f"{name} {k}".encode()) for k in range(POINTS)]
+        return [Fraction(2 + b % 11) if k > 5 else Fraction(3 + b % 53, 37) * (-1 if k > 1 and b & 1024 else 1)
+                for k, b in enumerate(bits)]
+
+    def equal(self, a, b):
+        """Whether samples agree wherever both are defined, and that is at enough points."""
+        seen, n = 0, max(len(a), len(b))
+        for k in range(n):
+            x, y = a[k % len(a)], b[k % len(b)]
+            if x is None or y is None or n > 1 and not self.complex and abs(x.imag) > TINY < abs(y.imag):
+                continue  # a real function is not compared where it is not real
+            exact = type(x) is type(y) is Fraction or float in (type(x), type(y))
+            if x != y if exact else abs(self.add([x], [-y])[0]) > TINY:
+                return False
+            self.pay(1)
+            seen += 1
+        return seen > (n > 1) * 2
+
+    def proportional(self, a, b, positive=False):
+        """Whether a is b times a constant that is not zero, or even positive."""
+        for x, y in zip(a, b) if len(a) == len(b) > 1 else ():
+            if x is not None and y is not None and abs(x) > TINY < abs(y):
+                return (not positive or (x * y).real > 0) and self.equal(self.mul(a, [y]), self.mul(b, [x]))
+        return False
+
+    def same(self, a, b):
+        """Whether two answers, as read by Reader, are equal."""
+        self.pay(1)
+        for x, y in ((a, b), (b, a)):
+            if kind(x) == "unit":
+                return (kind(y) != "unit" or x[2] == y[2]) and self.same(x[1], y[1] if kind(y) == "unit" else y)
+            if kind(x) in ("is", "in") and x[1] and kind(y) != x[0] or kind(x) == "set" != kind(y) and len(x) == 2:
+                return self.same(x[1] if x[0] == "set" else x[2], y)
+        if type(a) is list is type(b):
+            return self.equal(a, b)
+        if type(a) is not type(b) or type(a) is str or a[0] != b[0] or len(a) != len(b):
+            return type(a) is str and a == b
+        if a[0] == "is":
+            return self.proportional(a[3], b[3]) or a[1] == b[1] != "" and self.same(a[2], b[2])
+        if a[0] in (">", ">=", "!="):
+            return self.proportional(a[1], b[1], positive=a[0] != "!=")
+        if a[0] in ("set", "all", r"\cup", r"\cap"):  # as often here as there
+            return all(0 < sum(self.same(x, y) for y in a[1:]) == sum(self.same(x, y) for y in b[1:]) for x in a[1:])
+        return all(map(self.same, a[1:], b[1:]))
+
+
+class Reader(Arithmetic):
+    """Reads an answer by recursive descent, one method for each level of the grammar.
+
+    An expression becomes its samples (a list), anything else a tuple: ("word", text), ("base", digits, base),
+    ("()", ...), ("[)", ...), ("row", ...) in order, ("set", ...), ("\\cup", ...) in any order, ("unit", node, name),
+    ("is", label, node, left - right) for equations, ("in", name, interval) or (">", left - right) for inequalities.
+    """
+
+    def read(self, tokens):
+        """The answer; a set of both its readings where there is a \\pm."""
+        found = []
+        for self.sign in (1, -1) if {r"\pm", r"\mp"} & set(tokens) else (1,):
+            self.tokens, self.i, self.depth, self.angle = [*tokens, "end"], 0, 0, 0
+            self.next = self.tokens[0]
+            node = self.items()
+            if self.next != "end":
+                raise Unreadable
+            items = node[1:] if kind(node) == "set" else (node,)
+            found += [x for x in items if not any(self.same(x, y) for y in found)]
+        return ("set", *found) if self.sign < 0 else node
+
+    def accept(self, *tokens):
+        """The next token, if it is one of these."""
+        if self.next in tokens and self.next != "end":
+            self.i += 1
+            self.next = self.tokens[self.i]
+            return self.tokens[self.i - 1]
+
+    def need(self, *tokens):
+        if token := self.accept(*tokens):
+            return token
+        raise Unreadable
+
+    def raw(self):
+        """A token, or a bracket with its content, as text."""
+        start, depth = self.i, 0
+        while self.i == start or depth:
+            token = self.need(self.next)
+            depth += (token in ("(", "{")) - (token in (")", "}"))
+        return "".join(self.tokens[start:self.i]).strip("{}")
+
+    def items(self):
+        """Items between separators: the only one, or a set of them."""
+        found, joint = [self.relation()], False
+        while separator := self.accept(*SEPARATORS):
+            joint |= separator == "and"
+            if self.next not in SEPARATORS:
+                found.append(self.relation())
+        if joint and all(kind(x) in ("in", ">", ">=") for x in found):  # x > 2 and x < 3
+            return self.meet(*found)
+        if len(found) > 1 and all(kind(x) == "in" for x in found):  # x < 2 or x > 3
+            return ("in", found[0][1], (r"\cup", *(x[2] for x in found)))
+        return ("set", *found) if len(found) > 1 else found[0]
+
+    def relation(self):
+        """a = b, a < b <= c, x \\in S."""
+        start, ops, self.names = self.i, [], self.names if self.depth else set()
+        sides = [self.side()]
+        if self.next not in RELATIONS and (self.next != ":" or kind(sides[0]) != "word"):
+            return sides[0]
+        label = LABEL.fullmatch(" ".join(self.tokens[start:self.i]))
+        while op := self.accept(*RELATIONS, ":"):
+            ops.append("=" if op == ":" or op == "~" and label and not ops else op)
+            sides.append(self.side())
+        if "~" in ops:  # what follows 1/3 \approx is no part of the answer
+            ops, sides = ops[:ops.index("~")], sides[:ops.index("~") + 1]
+        if not ops or ops == [r"\in"] and label:
+            return ("in", label[0], sides[1]) if ops else sides[0]
+        gaps = [self.add(a, self.neg(b)) if type(a) is type(b) is list else [None] for a, b in zip(sides, sides[1:])]
+        if set(ops) != {"="}:
+            return self.meet(*map(self.claim, ops, gaps))
+        if not label and len(gaps) == 1 < len(gaps[0]):
+            return ("is", "", sides[1], gaps[0])
+        values = sides[1:] if label else sides
+        if not all(self.same(value, values[-1]) for value in values):
+            return [None]  # 41 = 43
+        return ("is", label[0] if label else "value", values[-1], gaps[0])
+
+    def claim(self, op, gap):
+        """An inequality, gap op 0; as an interval if the gap is linear in the only variable."""
+        if len(gap) == 1:
+            raise Unreadable
+        if op[0] == "<":
+            op, gap = ">" + op[1:], self.neg(gap)
+        if len(self.names) != 1 or None in gap:
+            return (op, gap)
+        x = self.variable(*self.names)
+        slope = self.mul(self.add([gap[1]], [-gap[0]]), [1 / (x[1] - x[0])])
+        zero = self.add([x[0]], self.neg(self.div([gap[0]], slope)))
+        if zero == [None] or not self.equal(gap, self.mul(slope, self.add(x, self.neg(zero)))):
+            return (op, gap)
+        below, above = ("(]" if op == ">=" else "()", [-math.inf], zero), ("[)" if op == ">=" else "()", zero, INFINITY)
+        return ("in", *self.names, (r"\cup", below, above) if op == "!=" else above if slope[0].real > 0 else below)
+
+    def meet(self, a, *others):
+        """Several claims at once; one interval where that can be said."""
+        for b, c in ((a, *others), (*others, a)) if len(others) == 1 else ():
+            if kind(b) == kind(c) == "in" and b[1] == c[1] and b[2][2] == INFINITY and c[2][1] == [-math.inf]:
+                return ("in", b[1], (b[2][0][0] + c[2][0][1], b[2][1], c[2][2]))
+        return ("all", a, *others) if others else a
+
+    def side(self):
+        """Sums joined by \\cup, ratios; each with a unit."""
+        node = self.unit(self.sum())
+        while op := self.accept(r"\cup", r"\cap", r"\setminus", *([":"] if kind(node) != "word" else [])):
+            node = (op, *(node[1:] if kind(node) == op else [node]), self.unit(self.sum()))
+        return node
+
+    def unit(self, node):
+        """A node with its trailing words: only a unit among them is kept."""
+        match = UNIT.match(" ".join(self.tokens[self.i:])) if self.next[0] in '"\\%$€£¢' else None
+        words = match[0].replace('"', "").split() if match else []
+        if HEDGES.intersection(words) or len(words) > 9:
+            raise Unreadable
+        for _ in words:
+            self.need(self.next)
+        power = "^2" if {"square", "sq"} & set(words) else "^3" if "cubic" in words else ""
+        name = "".join(UNITS.get(w) or UNITS.get(w.rstrip("s")) or re.sub(r"\w{2,}|[{}]", "", w) for w in words) + power
+        return ("unit", node, name) if name else node
+
+    def sum(self):
+        total = None
+        while total is None or self.next in SIGNS:
+            sign = 1
+            while op := self.accept(*SIGNS):
+                sign *= SIGNS[op] * (self.sign if op[0] == "\\" else 1)
+            term = self.product() if sign > 0 else self.neg(self.product())
+            total = term if total is None else self.add(total, term)
+        return total
+
+    def product(self):
+        node = self.powers()
+        while (op := self.accept("*", "/")) or self.starts_factor():
+            sign = op and self.accept("-")
+            factor = self.neg(self.powers()) if sign else self.powers()
+            node = self.div(node, factor) if op == "/" else self.mul(node, factor)
+        return node
+
+    def starts_factor(self):
+        return self.next[0] in "0123456789." or len(self.next) == 1 and self.next.isalpha() or self.next in STARTS
+
+    def powers(self):
+        """An atom with what follows it: factorial, powers, and degrees in an angle."""
+        node = self.atom()
+        if self.accept("!"):
+            node = self.call("!", node)
+        while op := self.accept("^", *([r"\circ"] if self.angle else [])):
+            node = self.pow(node, self.exponent()) if op == "^" else self.mul(node, [self.mp.pi / 180])
+        return node
+
+    def exponent(self):
+        return self.neg(self.atom()) if self.accept("-") else self.atom()
+
+    def atom(self):
+        """A number, name, bracket, root, fraction, function or matrix: what an operator applies to."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooBig
+        token = self.need(self.next)
+        if token[0] in "0123456789." and token != ".":
+            if self.next[0] in "0123456789." and self.tokens[self.i - 2] not in ("^", "_"):
+                raise Unreadable  # 2 3, but not 2^6 3^5
+            base = self.raw() if self.accept("_") else "10"
+            node = [self.checked(Fraction(token))] if base == "10" else ("base", token, base)
+        elif token in ("(", "[", "{"):
+            node = self.bracket(token)
+        elif token in CONSTANTS:
+            node = CONSTANTS[token]
+        elif token in ("e", "i", r"\pi"):
+            self.complex |= token == "i"
+            node = [+{"e": self.mp.e, "i": self.mp.j, r"\pi": self.mp.pi}[token]]
+        elif token[0] == '"':
+            while self.next[0] == '"':
+                token += " " + self.need(self.next)
+            node = ("word", token)
+        elif token in (r"\frac", r"\binom"):
+            a, b = self.atom(), self.atom()
+            node = self.div(a, b) if token == r"\frac" else self.call(token, a, b)
+        elif token == r"\sqrt":
+            index = self.bracket("[") if self.accept("[") else [Fraction(2)]
+            node = self.pow(self.atom(), self.pow(index, MINUS_ONE))
+        elif token in CALLS:
+            node = self.named(token)
+        elif token in MATRICES:
+            node = self.matrix(token)
+        elif token in ("$", "€", "£"):
+            node = ("unit", self.atom(), UNITS[token])
+        elif token in ACCENTS or token in LETTERS or len(token) == 1 and token.isalpha():
+            name = token + (self.raw() if token in ACCENTS else "") + ("_" + self.raw() if self.accept("_") else "")
+            while self.accept("'"):
+                name += "'"
+            name += self.raw() if name[0] in "fg" and self.next == "(" else ""  # f(2) is no product
+            self.names.add(name)
+            node = self.variable(name)
+        else:
+            raise Unreadable
+        self.depth -= 1
+        return node
+
+    def bracket(self, opening):
+        node = ("set",) if self.next == "}" else self.items()
+        brackets = opening + self.need(")", "]", "}")
+        if kind(node) == "set" and brackets in ("()", "[]", "(]", "[)"):
+            return (brackets, *node[1:])
+        return node if brackets in ("()", "[]", "{}") else self.need("a matching bracket")
+
+    def named(self, name):
+        """\\sin^2 x, \\log_2 8, \\gcd(a, b); an argument without brackets ends before + - * / and the next function."""
+        power, base = None, [[Fraction(10)]] if name == r"\log" else []
+        while op := self.accept("^", *["_" for _ in base]):
+            power, base = (power, [self.atom()]) if op == "_" else (self.exponent(), base)
+        self.angle += 1
+        bracketed = self.next in ("(", "[", "{")
+        node = self.atom() if bracketed else self.powers()
+        while not bracketed and self.starts_factor() and self.next not in CALLS:
+            node = self.mul(node, self.powers())
+        self.angle -= 1
+        if power == MINUS_ONE and (inverse := "\\arc" + name[1:]) in CALLS:
+            name, power = inverse, None
+        node = self.call(name, *([node] if type(node) is list else node[1:]), *base)
+        return self.pow(node, power) if power else node
+
+    def matrix(self, begin):
+        if begin == r"\begin{array}":
+            self.raw()
+        rows, end = [["row"]], begin.replace("begin", "end")
+        while not self.accept(end):
+            rows[-1].append(self.relation())
+            if self.next != end and self.need("and", r"\\") == r"\\":
+                rows.append(["row"])
+        return ("matrix", *(tuple(row) for row in rows if len(row) > 1))
+
+
+def plain(text):
+    """The value of a plain integer, decimal or fraction, else None: this spares most pairs all of the above."""
+    text = re.sub(r"^(-?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
+    return Fraction(text) if re.fullmatch(r"-?[0-9]{1,99}(?:\.[0-9]{1,99}|/[1-9][0-9]{0,99})?", text) else None
 
 
 def grade(completion: str, answer: str) -> tuple[float, str | None]:
-    """(1.0 or 0.0, why the completion could not be judged or None)."""
-    found = extract_answer(completion)
-    if found is None:
+    """(1.0 or 0.0, cause): whether the final answer of a completion equals the given answer.
+
+    `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `cause` is None
+    when both could be compared, otherwise "no_answer", "unparsed" or "too_big" (work is bounded before it is done,
+    so there is no timeout). Never executes anything, never raises, changes nothing, keeps nothing.
+    """
+    given = extract_answer(completion)
+    gold = extract_answer(answer) if re.search(r"\\(?:boxed|fbox)|####", answer) else answer
+    if given is None or gold is None:
         return 0.0, "no_answer"
-    return float(normalize(found) == normalize(extract_answer(answer) or answer)), None
+    numbers, tokens = (plain(given), plain(gold)), []
+    if None not in numbers:
+        return float(numbers[0] == numbers[1]), None
+    try:
+        tokens = [tokenize(given), tokenize(gold)]
+        reader = Reader()
+        return float(reader.same(*map(reader.read, tokens))), None
+    except (Unreadable, TooBig, RecursionError) as error:
+        if tokens and tokens[0] == tokens[1] != []:
+            return 1.0, None
+        return 0.0, "unparsed" if isinstance(error, Unreadable) else "too_big"
 
 
 def verify(completion: str, answer: str) -> float:
-    """1.0 if the completion's final answer equals `answer`, bare or a solution holding \\boxed{...}; else 0.0."""
+    """1.0 if the final answer of a completion equals the given answer, else 0.0; see `grade`."""
     return grade(completion, answer)[0]
 
 
@@ -258,7 +818,7 @@ def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0, generator=None,
-           cache_tokens=262144) -> Batch:
+           cache_tokens=65536) -> Batch:
     """Sample `group_size` completions of each of Q prompts (lists of token ids).
 
     Runs in waves of as many prompts as `cache_tokens` has room for. temperature=0 is greedy. Raises FloatingPointError
@@ -317,8 +877,9 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=256) -> Tensor:
     """log-probability of each completion token: (n, T), 0 where `mask` is 0, at the temperature of sampling.
 
-    The (tokens, V) logits are the largest tensor of RL on language models (151,936 columns for Qwen3): they are made
-    `chunk` tokens at a time and made again in the backward pass instead of being kept.
+    prompts: n lists of token ids; tokens and mask: (n, T), each row of the mask ones and then zeros. The logits are the
+    largest tensor of RL on language models (151,936 columns for Qwen3): they are made `chunk` tokens at a time, and
+    again in the backward pass instead of being kept.
     """
     lengths = mask.sum(-1).long().tolist()
     rows = [p + c[:n] for p, c, n in zip(prompts, tokens.tolist(), lengths)]
@@ -346,12 +907,12 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=256) -> 
 def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """(Q, G) rewards -> (Q, G) advantages: R - mean, over the sample std + 1e-6 unless `normalize_std` is False.
 
-    A group of equal rewards has advantage exactly 0. Raises ValueError for G < 2. Source: DeepSeekMath (2402.03300);
-    without the std, Dr. GRPO (2503.20783).
+    A group of equal rewards has advantage exactly 0. Raises ValueError for G < 2 and for a reward that is not finite.
+    Source: DeepSeekMath (2402.03300); without the std, Dr. GRPO (2503.20783).
     """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (Q, G) with G >= 2, got {tuple(rewards.shape)}")
     rewards = rewards.float()                                               # (Q, G)
+    if rewards.dim() != 2 or rewards.shape[1] < 2 or not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite and (Q, G) with G >= 2, got {tuple(rewards.shape)}")
     centered = rewards - rewards.mean(1, keepdim=True)                      # (Q, G)
     if normalize_std:
         centered = centered / (rewards.std(1, keepdim=True) + 1e-6)         # (Q, G) ddof 1
@@ -362,8 +923,9 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
 def gradient_distortion(p: float, G: int, conditional: bool = False) -> float:
     """eta(p) with E[g_GRPO] = eta(p) * grad p: how far GRPO stretches the gradient of a prompt with success rate p.
 
-    For 0/1 rewards and the population std. `conditional` averages over groups with both rewards only (the paper's
-    Theorem 3.1): only there does eta explode as p -> 0 or 1; over all groups it tends to sqrt(G - 1).
+    For 0/1 rewards and the population std; for tests and figures, not used in training. `conditional` averages over
+    groups with both rewards only (the paper's Theorem 3.1): only there does eta explode as p -> 0 or 1; over all groups
+    it tends to sqrt(G - 1). Raises ValueError for p outside (0, 1) and G < 2.
     """
     if not 0 < p < 1 or G < 2:
         raise ValueError(f"needs 0 < p < 1 and G >= 2, got p = {p}, G = {G}")
@@ -387,7 +949,7 @@ class Feedback(NamedTuple):
 class ImprovementTracker:
     """The sliding window of mean rewards, and xi and phi read against it (PIPO, Section 5; K = 8, lambda = 0.1).
 
-    Read `feedback(mu)` first, then `push(mu)` once: a reward in its own window would bound xi and halve its trend.
+    Read `feedback(mu)` first, then `push(mu)` once: a reward in its own window would bound xi.
     """
 
     def __init__(self, window: int = 8, lam: float = 0.1, xi_clip: float | None = None):
@@ -419,10 +981,10 @@ class ImprovementTracker:
         self.history.append(mu)
 
     def state_dict(self) -> dict:
-        return {**vars(self), "history": list(self.history)}
+        return {"history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state, history=deque(state["history"], maxlen=state["window"]))
+        self.history = deque(state["history"], maxlen=self.window)
 
 
 def improvement_rewards(advantages: Tensor, phi: float) -> Tensor:
@@ -464,11 +1026,17 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, base="grpo", clip
     -min(ratio * A, clip(ratio) * A) with the coefficient inside the min, so that it clips on both signs; plus
     kl_coef times the k3 estimate of KL(policy || reference), averaged the same way. `n_sequences`, `n_tokens` (default:
     those given) are the whole batch's where this is a part of it: the parts' losses then add up to the batch's.
-    `max_new_tokens` (default T) is the denominator of dr_grpo. Metrics are means over this mask's tokens.
+    `max_new_tokens` is the constant of dr_grpo's denominator (default T, right only if padded to the limit). Metrics
+    are means over this mask's tokens: the share clipped, the ratio, and `logprob_gap`, the mean |log-ratio|, which
+    before any update is the disagreement of sampler and trainer. Raises ValueError for advantages of another shape, and
+    for a KL without `ref_logprobs`.
     """
+    if advantages.shape != mask.shape[:1] or (kl_coef and ref_logprobs is None):
+        raise ValueError(f"needs advantages (N,) with a mask (N, T), and ref_logprobs with a kl_coef; "
+                         f"got {tuple(advantages.shape)} and {tuple(mask.shape)}")
     spec, (N, T) = BASES[base], mask.shape
-    low, high = (given if given is not None else own for given, own in
-                 ((clip_low, spec.clip_low), (clip_high, spec.clip_high)))
+    low = spec.clip_low if clip_low is None else clip_low
+    high = spec.clip_high if clip_high is None else clip_high
     lengths = mask.sum(1, keepdim=True).clamp(min=1)                        # (N, 1)
     log_ratio = (logprobs - behavior_logprobs).masked_fill(mask == 0, 0.0)  # (N, T)
     gap = log_ratio.detach().abs()                                          # (N, T)
@@ -504,21 +1072,21 @@ def microbatches(lengths: Tensor, budget: int) -> list[Tensor]:
 def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: float, reference=None) -> dict:
     """Take cfg.minibatches optimizer steps on `batch` with coefficients `advantages` (Q, G); returns mean metrics.
 
-    Both steps of an iteration are this function. A minibatch without any signal takes no step at all: AdamW would move
-    the weights on momentum and decay alone. Rows with coefficient 0 are not computed (their gradient is 0 unless there
-    is a KL term) but still count in the denominators. Raises FloatingPointError on a non-finite loss or gradient.
+    Both steps of an iteration are this function. A minibatch without any signal (or KL) takes no step at all: AdamW
+    would move the weights on momentum and decay alone. Rows with coefficient 0 are not computed (their gradient is 0
+    unless there is a KL) but still count in the denominators. Raises FloatingPointError on a loss or gradient that is
+    not finite.
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     coefficients = advantages.flatten().to(model.device)                    # (N,)
-    sums, trained, skipped, norms = Counter(), 0, 0, []
+    sums, trained, norms = Counter(), 0, []
     for rows in torch.arange(len(coefficients), device=model.device).chunk(cfg.minibatches):    # groups stay whole
         n_sequences, n_tokens = len(rows), batch.mask[rows].sum()
         if reference is None:
             rows = rows[coefficients[rows] != 0]
         if len(rows) == 0:
-            skipped += 1
             continue
         lengths = torch.tensor([len(batch.prompts[i]) for i in rows.tolist()]) + batch.mask[rows].sum(1).long().cpu()
         for part in microbatches(lengths, cfg.microbatch_tokens):
@@ -537,15 +1105,16 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
             loss.backward()
             count = int(mask.sum())
             sums.update({name: value * count for name, value in means.items()})
-            trained, sums["loss"] = trained + count, sums["loss"] + loss.item()
+            sums["loss"] += loss.item()
+            trained += count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
         if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
             raise FloatingPointError(f"loss {sums['loss']}, gradient norm {norm}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         norms.append(norm)
-    steps = max(1, cfg.minibatches - skipped)
-    return {"loss": sums.pop("loss", 0.0) / steps, "grad_norm": max(norms, default=0.0), "skipped_steps": skipped,
+    return {"loss": sums.pop("loss", 0.0) / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
+            "skipped_steps": cfg.minibatches - len(norms),
             **{name: value / max(1, trained) for name, value in sums.items()}}
 
 
@@ -559,12 +1128,12 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "cs
 
 
 class Problem(NamedTuple):
-    text: str
+    text: str               # the question, for people
     prompt: list[int]       # token ids
     answer: str
 
 
-def find(name: str, what: str, load):
+def load_or_explain(name: str, what: str, load):
     """load(), with the failure to find `name`, a path here or a name on the hub, told in one sentence."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
         raise UserError(f"the {what} {name} does not exist")
@@ -581,8 +1150,12 @@ def load_rows(name: str, split: str) -> datasets.Dataset:
         if path.suffix not in READERS or path.stat().st_size == 0:
             raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
         source = {"path": READERS[path.suffix], "data_files": name}
-    splits = find(name, "dataset", lambda: datasets.load_dataset(**source))
-    return splits[split] if split in splits else next(iter(splits.values()))
+    splits = load_or_explain(name, "dataset", lambda: datasets.load_dataset(**source))
+    if split not in splits:
+        split = next(iter(splits))
+        if not path.is_file():                                              # in a file nobody expects several
+            tqdm.write(f"the dataset {name} is read from its split {split!r}")
+    return splits[split]
 
 
 def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]:
@@ -611,14 +1184,14 @@ def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
         if not answer or not prompt:
             left_out["without a question or an answer"] += 1
             continue
+        text = prompt[-1]["content"] if isinstance(prompt, list) else str(prompt)
         if not isinstance(prompt, list):
-            text = str(prompt)
             prompt = [{"role": "user", "content": text + ("" if "\\boxed" in text else cfg.instruction)}]
         ids = encode(tokenizer, prompt, cfg.thinking)
         if len(ids) > cfg.max_prompt_tokens:
             left_out[f"with a prompt over {cfg.max_prompt_tokens} tokens"] += 1
             continue
-        problems.append(Problem(prompt[-1]["content"], ids, answer))
+        problems.append(Problem(text, ids, answer))
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
         raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
@@ -628,11 +1201,17 @@ def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
 
 
 def load_model(path: str, device, trainable: bool = True):
-    """The causal language model at `path`. The choice of dtype is here and in `make_optimizer`, and nowhere else.
+    """The causal language model at `path`, its dtype chosen here. Raises UserError where that is no such model.
 
-    fp32 weights: at a learning rate of 1e-6 most updates are too small for a bf16 weight to notice.
+    fp32 weights: at a learning rate of 1e-6 most updates are too small for a bf16 weight to notice. No dropout: with it
+    the ratio would not be 1 before the first update.
     """
-    model = find(path, "model", lambda: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    config = load_or_explain(path, "model", lambda: AutoConfig.from_pretrained(path))
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    model = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32))
     model = model.to(device).requires_grad_(trainable).eval()
     if model.device.type == "cuda" and trainable:
         model.gradient_checkpointing_enable()
@@ -645,7 +1224,31 @@ def load_model(path: str, device, trainable: bool = True):
 
 
 def make_optimizer(model, cfg: Config):
+    """The one place where the optimizer is chosen."""
     return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grading and evaluation. Where completions, problems and the verifier meet.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grade_all(batch: Batch, problems: list[Problem]) -> tuple[Tensor, Counter]:
+    """Rewards (Q, G), and how often a completion could not be judged, by cause."""
+    G = len(batch.texts) // len(problems)
+    grades = [grade(text, problems[i // G].answer) for i, text in enumerate(batch.texts)]
+    rewards = torch.tensor([reward for reward, _ in grades], device=batch.tokens.device).view(-1, G)        # (Q, G)
+    return rewards, Counter(cause for _, cause in grades if cause)
+
+
+def evaluate(model, tokenizer, problems: list[Problem], cfg: Config, generator=None) -> dict:
+    """pass@1 with its standard error: one completion a problem, sampled as in training."""
+    batch = sample(model, tokenizer, [p.prompt for p in problems], 1, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
+                   generator, cfg.cache_tokens)
+    rewards, _ = grade_all(batch, problems)
+    p = rewards.mean().item()
+    return {"eval_pass@1": p, "eval_stderr": math.sqrt(p * (1 - p) / len(problems)),
+            "eval_truncated": batch.truncated.float().mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,7 +1308,7 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
             if right >= cfg.warm_start:
                 break
     else:
-        raise UserError(f"the warm start solves {right:.0%} after {step} steps and not --warm-start {cfg.warm_start:.0%}")
+        raise UserError(f"the warm start solves {right:.0%} after {step} steps, not --warm-start {cfg.warm_start:.0%}")
     bar.close()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -715,8 +1318,10 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
 # Files. A run is a folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, and at the end model/.
 # ---------------------------------------------------------------------------------------------------------------------
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model", "start")
-MAY_DIFFER = {"steps", "device", "out", "resume", "overwrite", "save_every", "show_every"}       # when a run goes on
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model", "bad_batch.pt")
+# What may change when a run goes on. (Another cache size draws other samples, another micro-batch rounds otherwise.)
+MAY_DIFFER = {"steps", "device", "out", "resume", "overwrite", "save_every", "show_every", "cache_tokens",
+              "microbatch_tokens"}
 
 
 def open_run(cfg: Config) -> tuple[Path, dict | None]:
@@ -733,21 +1338,28 @@ def open_run(cfg: Config) -> tuple[Path, dict | None]:
     except OSError as error:
         raise UserError(f"the output folder {out} cannot be written: {error.strerror}")
     if cfg.resume:
-        before, now = json.loads((out / "config.json").read_text()), asdict(cfg)
-        changed = [f"--{name.replace('_', '-')} was {before.get(name)!r}, is {now[name]!r}" for name in now
-                   if name not in MAY_DIFFER and before.get(name) != now[name]]
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        before, now = state["config"], asdict(cfg)
+        changed = [f"--{name.replace('_', '-')} was {before[name]!r}, is {now[name]!r}" for name in now
+                   if name not in MAY_DIFFER and before[name] != now[name]]
         if changed:
             raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
-        state = torch.load(saved, map_location="cpu", weights_only=True)
-        if state["step"] >= cfg.steps:
-            raise UserError(f"{out} already stands at step {state['step']} of {cfg.steps}: raise --steps to go on")
+        if state["step"] > cfg.steps:
+            raise UserError(f"{out} already stands at step {state['step']}, beyond --steps {cfg.steps}")
         return out, state
-    if any((out / file).exists() for file in RUN_FILES):
-        if not cfg.overwrite:
-            raise UserError(f"{out} already holds a run: --resume goes on with it, --overwrite deletes it")
-        for path in (out / file for file in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if any((out / file).exists() for file in RUN_FILES) and not cfg.overwrite:
+        ways = "--resume goes on with it, --overwrite deletes it" if saved.exists() else "--overwrite deletes it"
+        raise UserError(f"{out} already holds a run: {ways}")
     return out, None
+
+
+def clear_run(out: Path) -> None:
+    """Delete the files of an earlier run, and only those."""
+    for path in (out / file for file in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -779,22 +1391,22 @@ def append_jsonl(path: Path, *rows: dict) -> None:
 
 @contextmanager
 def interrupt_flag():
-    """Yields a list, empty until Ctrl-C: the step in hand can then end and be saved. A second one stops at once."""
-    flag, previous = [], None
+    """Yields an event that Ctrl-C sets: the step in hand can then end and be saved. A second Ctrl-C stops at once."""
+    flag, main = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
 
     def handler(*_):
-        flag.append(True)
-        signal.signal(signal.SIGINT, previous)
+        flag.set()
+        signal.signal(signal.SIGINT, before)
         tqdm.write("finishing this step, then saving; Ctrl-C again stops at once, with the last checkpoint intact")
 
-    if threading.current_thread() is not threading.main_thread():           # only there can signals be caught
-        yield flag
-        return
-    previous = signal.signal(signal.SIGINT, handler)
+    if main:                                                                # only there can signals be caught
+        signal.signal(signal.SIGINT, handler)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,23 +1423,6 @@ def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Probl
             shuffles[epoch] = torch.randperm(len(problems), generator=rng("cpu", cfg.seed, "order", epoch)).tolist()
         chosen.append(problems[shuffles[epoch][i]])
     return chosen
-
-
-def grade_all(batch: Batch, problems: list[Problem]) -> tuple[Tensor, Counter]:
-    """Rewards (Q, G), and how often a completion could not be judged, by cause."""
-    G = len(batch.texts) // len(problems)
-    grades = [grade(text, problems[i // G].answer) for i, text in enumerate(batch.texts)]
-    return torch.tensor([reward for reward, _ in grades]).view(-1, G), Counter(cause for _, cause in grades if cause)
-
-
-def evaluate(model, tokenizer, problems: list[Problem], cfg: Config, generator=None) -> dict:
-    """pass@1 with its standard error: one completion a problem, sampled as in training."""
-    batch = sample(model, tokenizer, [p.prompt for p in problems], 1, cfg.max_new_tokens, cfg.temperature, cfg.top_p,
-                   generator, cfg.cache_tokens)
-    rewards, _ = grade_all(batch, problems)
-    p = rewards.mean().item()
-    return {"eval_pass@1": p, "eval_stderr": math.sqrt(p * (1 - p) / len(problems)),
-            "eval_truncated": batch.truncated.float().mean().item()}
 
 
 def feedback_coefficient(feedback: Feedback | None, past_xi: list[float], tracker: ImprovementTracker, cfg: Config,
@@ -868,9 +1463,10 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
     """The start model's path, its tokenizer, the training and the held-out problems; cheap checks before dear ones."""
     if cfg.model:
         path = cfg.model
-        config = find(path, "model", lambda: AutoConfig.from_pretrained(path))
-        with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        with torch.device("meta"):                                          # shapes only
+            shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path)))
+        size = sum(p.numel() for p in shapes.parameters())
         if size > 1e9 and device.type == "cpu":
             tqdm.write(f"warning: {size / 1e9:.1f}B parameters on a CPU: an iteration takes hours; use a GPU for this")
         train_rows = load_rows(cfg.dataset, "train")
@@ -882,18 +1478,24 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
             tqdm.write("demo: building a tiny Qwen3 and teaching it worked additions until it is sometimes right")
             build_demo(Path(path), cfg, warm, device)
         train_rows, eval_rows = datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(eval_rows)
-    tokenizer = find(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
+    tokenizer = load_or_explain(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
     problems = read_problems(train_rows, tokenizer, cfg, cfg.dataset)
     held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset) if cfg.eval_every else []
     return path, tokenizer, problems, held_out[:cfg.eval_limit or None]
 
 
 def train(cfg: Config) -> list[dict]:
-    """Run PIPO as `cfg` says; returns the rows of metrics.jsonl. Raises UserError for what the user can put right."""
+    """Run PIPO as `cfg` says; returns the rows of metrics.jsonl.
+
+    Raises UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
+    KeyboardInterrupt, its message saying how to go on, after a Ctrl-C.
+    """
     validate(cfg)
     out, state = open_run(cfg)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path, tokenizer, problems, held_out = prepare(cfg, out, device, resumed=state is not None)
+    if not state:
+        clear_run(out)                                                      # now that all that is needed was found
     model = load_model(path, device)
     reference = load_model(path, device, trainable=False) if cfg.kl_coef else None
     optimizer = make_optimizer(model, cfg)
@@ -905,7 +1507,8 @@ def train(cfg: Config) -> list[dict]:
         previous, past_xi, done = state["previous"], state["past_xi"], state["step"]
         previous = Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in previous.items()})
         state = None                                                        # free the loaded copy
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
+    with swapped_in(out / "config.json") as file:
+        file.write(json.dumps(asdict(cfg), indent=2).encode())
     for name in ("metrics.jsonl", "samples.jsonl"):                         # rows later than the checkpoint go
         kept = read_jsonl(out / name, done)
         with swapped_in(out / name) as file:
@@ -924,16 +1527,17 @@ def train(cfg: Config) -> list[dict]:
 
     if done == 0 and held_out:
         append_jsonl(out / "metrics.jsonl", {"step": 0, **evaluation(0)})
+    seconds, clock = {}, 0.0
+
+    def lap(name):
+        """Book the seconds since the last lap to `name`."""
+        nonlocal clock
+        seconds[f"seconds_{name}"], clock = time.perf_counter() - clock, time.perf_counter()
+
     bar = tqdm(initial=done, total=cfg.steps, desc="pipo", unit="step")
     with interrupt_flag() as interrupted:
         for step in range(done + 1, cfg.steps + 1):
             seconds, clock = {}, time.perf_counter()
-
-            def lap(name):                                                  # seconds since the last lap are `name`'s
-                nonlocal clock
-                seconds[f"seconds_{name}"], clock = time.perf_counter() - clock, time.perf_counter()
-
-            torch.manual_seed(cfg.seed * 1_000_003 + step)                  # for models with dropout
             chosen, batch = pick_problems(problems, step, cfg), None
             try:
                 # --- sample B_t ~ pi_theta, grade it -----------------------------------------------------------------
@@ -962,13 +1566,17 @@ def train(cfg: Config) -> list[dict]:
             except FloatingPointError as error:
                 torch.save({"step": step, "problems": [tuple(p) for p in chosen], "batch": batch and vars(batch),
                             "previous": previous and vars(previous)}, out / "bad_batch.pt")
-                raise FloatingPointError(f"step {step}: {error}; its batch is in {out / 'bad_batch.pt'}, and the last "
-                                         f"checkpoint in {out / 'checkpoint'} is as it was")
+                raise FloatingPointError(f"step {step}: {error}; what it worked on is in {out / 'bad_batch.pt'}, and "
+                                         f"the last checkpoint in {out / 'checkpoint'} is as it was")
             tracker.push(mu)                                                # once, after it was read
             past_xi += [feedback.xi] if feedback else []
             previous = batch
 
-            # --- log, evaluate, save ---------------------------------------------------------------------------------
+            # --- evaluate, log, save ---------------------------------------------------------------------------------
+            scores = {}
+            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+                scores = evaluation(step)
+                lap("evaluation")
             n_tokens = batch.mask.sum().item()
             row = {"step": step, "mu": mu, "feedback": kind, "coefficient": coefficient,
                    **(feedback or Feedback(None, None, None, None))._asdict(),
@@ -978,11 +1586,7 @@ def train(cfg: Config) -> list[dict]:
                    "zero_signal": (batch.advantages == 0).all(1).float().mean().item(),
                    "completion_length": n_tokens / N, "tokens": int(n_tokens),
                    **{f"grader_{cause}": count for cause, count in failures.items()},
-                   **seconds, "memory_gb": peak_memory_gb(device)}
-            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-                clock = time.perf_counter()
-                row.update(evaluation(step))
-                row["seconds_evaluation"] = time.perf_counter() - clock
+                   **scores, **seconds, "memory_gb": peak_memory_gb(device)}
             append_jsonl(out / "metrics.jsonl", row)
             picks = pick_samples(batch, rewards, chosen, step)
             append_jsonl(out / "samples.jsonl", *picks)
@@ -992,13 +1596,15 @@ def train(cfg: Config) -> list[dict]:
                            f"{problem[-100:]} -> {completion[-300:]}{' [cut off]' * pick['truncated']}")
             bar.set_postfix(reward=f"{mu:.2f}", **{name: f"{row[name]:+.2f}" for name in ("xi", "phi") if feedback})
             bar.update()
-            if step % cfg.save_every == 0 or step == cfg.steps or interrupted:
+            stop = interrupted.is_set() and step < cfg.steps                # asked once: what follows hangs together
+            if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 with swapped_in(out / "checkpoint" / "state.pt") as file:
-                    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                "tracker": tracker.state_dict(), "previous": vars(previous), "past_xi": past_xi}, file)
-            if interrupted and step < cfg.steps:
+                    torch.save({"config": asdict(cfg), "step": step, "model": model.state_dict(),
+                                "optimizer": optimizer.state_dict(), "tracker": tracker.state_dict(),
+                                "previous": vars(previous), "past_xi": past_xi}, file)
+            if stop:
                 bar.close()
-                raise KeyboardInterrupt(f"stopped after step {step}; go on with the same command and --resume")
+                raise KeyboardInterrupt(f"stopped after step {step}; --resume (without --overwrite) goes on from there")
     bar.close()
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
@@ -1032,7 +1638,7 @@ def parse(arguments: list[str] | None = None) -> Config:
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
         demo = f" (demo: {DEMO[f.name]})" if f.name in DEMO and DEMO[f.name] != "" else ""
-        default = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        default = "" if f.default is None or f.default is False or f.default == "" else f" (default: {f.default})"
         kind = dict(action="store_true") if f.type in (bool, "bool") else dict(
             type=float if f.default is None else type(f.default), choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + default + demo, **kind)
@@ -1053,7 +1659,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"pipo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(f"pipo: {error or 'stopped before the first checkpoint: nothing was saved'}", file=sys.stderr)
+        print(f"pipo: {str(error) or 'stopped; the last checkpoint, if there is one, is as it was'}", file=sys.stderr)
         return 130
     return 0
 

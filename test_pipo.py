@@ -16,8 +16,10 @@ import sys
 import threading
 import time
 import zlib
+from decimal import getcontext
 from pathlib import Path
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import pipo
-from pipo import (BASES, Batch, Config, ImprovementTracker, UserError, gradient_distortion, group_advantages,
-                  improvement_rewards, policy_loss, sample, token_logprobs)
+from pipo import (BASES, Config, ImprovementTracker, UserError, extract_answer, grade, gradient_distortion,
+                  group_advantages, improvement_rewards, policy_loss, sample, token_logprobs, verify)
 
 HERE = Path(__file__).parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -109,6 +111,202 @@ def weights(path_or_model):
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "memory_gb"} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verifier. Each line of the two tables is a kind of answer and its pairs, both ways round.
+# ---------------------------------------------------------------------------------------------------------------------
+
+EQUAL = r"""
+integers, decimals: 42 = 42.0 | -7 = −7 | 12345 = 12{,}345 | 12345 = 12,\!345 | 1234567 = 1\,234\,567 | 004 = 4
+    | 0.5 = .50 | 0.000001 = 10^{-6} | 4.5e33 = 45\times10^{32} | 3 \cdot 10^8 = 3e8 \text{ m/s}
+    | 1/6 = 0.1\overline{6}
+fractions: \frac34 = \dfrac{6}{8} | 3/4 = 0.75 | \frac{-1}{2} = -\frac12 | \frac72 = 3\frac12 | -\frac72 = -3 1/2
+    | ½ = \tfrac 12
+dress: 40\% = 40 percent | \$1,000 = 1000.00 dollars | 45^\circ = 45 | 5\text{ cm}^2 = 5 square centimeters
+    | 5 = \mathbf{5}. | 12 = 12^{\text{th}} | 10 \mbox{ inches} = 10 \text{ in} | 7 = 7 \text{ different ways}
+    | 4:30\text{ p.m.} = 4:30 PM
+radicals, powers: 2\sqrt3 = \sqrt{12} | \frac{\sqrt2}2 = \frac1{\sqrt2} | \sqrt[3]{-8} = -2
+    | 1+\sqrt5 = \sqrt{6+2\sqrt5} | \frac{100!}{2^{50}} = 100!\cdot2^{-50} | 2^6 3^5 = 3^5 \cdot 2^6
+    | \pi^2 = \pi\cdot\pi | \ln 2 = -\ln\frac12 | e^2 = \exp(2)
+expressions: x^2-1 = (x-1)(x+1) | |x| = \sqrt{x^2} | 2\sin x\cos x = \sin 2x | \tan 15^\circ = 2-\sqrt3
+    | \frac12x = x/2 | \sin^{-1} x = \arcsin x | \binom n2 = \frac{n(n-1)}2 | \binom{10}3 = 120 | n! = n(n-1)!
+    | \log_2 8 = 3 | a_{1}+b = b+a_1 | \lfloor n/2 \rfloor = \left\lfloor \frac n2 \right\rfloor
+    | \sqrt[3]{\sin x} = (\sin x)^{1/3} | \sum_k k = \sum_k k
+equations: x=5 = 5 | f(x)=2x+1 = 1+2x | y=2x+3 = 2x-y+3=0 | x^2+y^2=1 = 2y^2=2-2x^2 | 25 = 5^2=25
+    | \frac13 = \frac13\approx0.333 | (1,2) = (x,y)=(1,2) | \text{Area} = 5 = 5
+inequalities: x>5 = 5<x | x>\frac52 = (2.5,\infty) | x\le1 = -x\ge-1 | 0<x<12.5 = (0,12.5) | [2,7] = x\in[2,7]
+    | x\ne3 = (-\infty,3)\cup(3,\infty) | a<b = b>a | x<2\text{ or }x>3 = (3,\infty)\cup(-\infty,2)
+    | (2,3) = x>2\text{ and }x<3 | \mathbb{R} = (-\infty,\infty)
+collections: 1,2,3 = \{3,2,1\} | 1,2 = 2 \text{ and } 1 | \pm2 = 2,-2 | 1\pm\sqrt2 = 1-\sqrt2,1+\sqrt2
+    | (1,2),(3,4) = (3,4),(1,2) | x=2,x=3 = 3\text{ or }2 | \emptyset = \{\} | (0;1) = (0,1) | 3:4 = 3:4
+    | (1,234) = (1, 234)
+matrices: \begin{pmatrix}1&2\\3&4\end{pmatrix} = \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
+    | \begin{pmatrix}\frac12\\1\end{pmatrix} = \frac12\begin{bmatrix}1\\2\end{bmatrix}
+complex: 3+4i = 4i+3 | e^{i\pi/4} = \frac{\sqrt2}2+\frac{\sqrt2}2i | i^2 = -1 | |3+4i| = 5
+bases, choices, words: 204_5 = 204_{5} | \text{(C)} = C | C = \textbf{(C)}\ 12 | C = C. | \text{even} = Even
+    | \text{Ann} = ann. | \text{B, C} = C and B | \text{May 5} = May 5 | \overline{CD} = \overline{CD}
+    | \infty = +\infty
+"""
+UNEQUAL = r"""
+near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979 | 10000001 = 10000000
+    | 13.1 = 1.31 | 123456789012345678 = 123456789012345679 | \sqrt2 = \sqrt2+10^{-40} | 2.7e-6 = 2.7 | \frac34 = 3
+    | 0 = 10^{-300}
+signs, elements, order: 5 = -5 | 2-\sqrt3 = 2+\sqrt3 | 3-4i = 3+4i | (1,2) = (2,1) | 1,2,3 = 1,2 | 5 = 5,6 | \pm2 = 2
+    | 3:4 = 4:3 | (1,2) = \{1,2\} | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix}
+    | 2^{10} = 10^2 | [-36,104] = -36104
+hedges: 41 = 41 \text{ or } 43 | 41 = 41 or 43 | 41 = 41\text{ (or 43)} | 41 = 41\text{ not }43 | 41 = 41=43
+    | 43 = 41=43 | 41 = 41|43 | 41 = 41\text{ possibly forty} | 41 = 41\lor43 | 41 = \{41,43\} | 41 = 41\pm2
+    | 41 = 41;43 | 41 = 41\quad43 | 41 = 41 \\ 43 | A = (A) 5 or (B) 6
+brackets: (0,9) = [0,9) | [0,1] = [0,1]\cup[2,3] | x>5 = x\ge5 | (2,3) = x>2\text{ or }x<3 | x>5 = y>5 | x>1 = x<1
+functions: |x| = x | \ln|x| = \ln x | \sin^{-1}x = \frac1{\sin x} | \tan 2x = 2\tan x | (x^2-1)^3 = (x^3-1)(x^3+1)
+    | x = X | f(2)<f(1) = f(1)<f(4) | \lfloor n/2\rfloor = \lceil n/2\rceil | 1 = \sin^2x
+equations: 2x+z=1 = 1 | x=5 = y=5 | y^2=4x = y^2=-4x | 5 = x>5 | 5 = x=6 | e=5 = e=6
+dress: 5\text{ cm} = 5\text{ m} | 5\text{ cm} = 5\text{ cm}^2 | \$5 = 5 cents | 50\% = 0.5 | 2 = 2\text{ million}
+    | 1,234 = 1.234
+bases, words: 204_5 = 204 | 204_5 = 54 | 204_5 = 204_6 | seat = east | \text{no} = on | C = D
+    | \text{even} = \text{even or odd} | \overline{CD} = \overline{DC} | \angle ABC = \angle ACB | HHT = THH
+    | 21\text{st} = 22\text{nd}
+never equal: nan = nan | 1/0 = 1/0 | \frac00 = 0 | \log 0 = \log 0 | \tan 90^\circ = \tan 90^\circ | \infty-\infty = 0
+    | 5,7 = 5,1/0 | 7?8 = 7 | 5^ = 5 | \zoo = 5
+"""
+
+
+def cases(table):
+    """The pairs of a table; the last " = " divides a pair."""
+    lines = table.strip().replace("\n    | ", " | ").splitlines()
+    pairs = [pair for line in lines for pair in line.split(": ", 1)[1].split(" | ")]
+    return [pytest.param(*pair.rsplit(" = ", 1), id=pair) for pair in pairs]
+
+
+def score(given, gold):
+    return verify(r"So it is $\boxed{%s}$." % given, gold)
+
+
+@pytest.mark.parametrize("a, b", cases(EQUAL))
+def test_equal_answers(a, b):
+    """A right answer in another dress has to be paid, whichever side it stands on."""
+    assert score(a, b) == score(b, a) == 1.0
+
+
+@pytest.mark.parametrize("a, b", cases(UNEQUAL))
+def test_unequal_answers(a, b):
+    """Graders in use pay most of these: tolerances, stripped brackets, units, bases, anagrams, hedges."""
+    assert score(a, b) == score(b, a) == 0.0
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"First \boxed{1}, no: \boxed{2}.", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"),
+    (r"$\boxed 5$", "5"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{5} and then \boxed{12", None), ("", None),
+    (r"\boxed{5} or \boxed{}", None), (r"\boxed{5\}", None), ("\\boxed", None), ("The answer is \\boxed{", None),
+    (r"<think>\boxed{5}</think>\boxed{6}", "6"), (r"<think>\boxed{5}</think> Yes.", None), (r"<think>\boxed{5}", None),
+    (r"Hm, \boxed{5}? No.</think> The answer is 6.", "6"), ("1+1=2\n#### 72", "72"), ("#### 72\nThe answer is 5", "72"),
+    ("#### Step 3: add\nThe answer is 5", "5"), ("So, the answer is $\\frac12$. Good.", r"\frac12"),
+    ("**Answer:** 12", "12"), ("The answer is 3.5. I hope it is correct.", "3.5"), ("the answer is $45", "$45"),
+    ("**Final Answer**\n\n12", "12"), ("The final answer is: 12", "12"), ("The answer is C<|im_end|>", "C"),
+    ("It is 5. We get 7", None),
+])
+def test_extraction(text, answer):
+    """Paying for an earlier box, for a thought, or for the last number in the text teaches not to answer."""
+    assert extract_answer(text) == answer
+
+
+def test_gold_forms_and_causes():
+    """The gold may be a whole solution; failures are told apart so that a training run can count them."""
+    assert verify(r"\boxed{72}", "48+24 = <<48+24=72>>72\n#### 72") == 1.0
+    assert verify("#### 1,234", r"First \boxed{5}. Thus $\boxed{1234}$ ways.") == 1.0
+    texts = "", r"\boxed{5}", r"\boxed{6}", r"\boxed{5+}", r"\boxed{%s}" % ("7" * 2000)
+    causes = "no_answer", None, None, "unparsed", "too_big"
+    assert [grade(text, "5") for text in texts] == list(zip((0.0, 1.0, 0.0, 0.0, 0.0), causes))
+
+
+HOSTILE = [
+    "9^{9^{9^{9^9}}}", "(100000)!", "((99!)!)!", r"\binom{10^9}{5\cdot10^8}", "(x+1)^{99999}", "2^{2^{64}}",
+    "1e999999999", "10^{-10^{10}}", r"\sin(10^{10^8})", r"\lfloor10^{10^7}\pi\rfloor", r"e^{e^{e^{e^e}}}",
+    "1/0", "0^{-1}", "nan", "7" * 100_000,
+    "(" * 5000, "{" * 100_000, r"\sqrt{" * 400 + "}" * 400, r"\frac" * 300, "-" * 1400 + "5", "!" * 1400, "|" * 1400,
+    "x" + "^2" * 700, r"\sin" * 400 + "x", "+".join([r"\sin x"] * 200), "+".join([r"\sqrt{x^{99}+1}"] * 90),
+    ",".join("x" * 700), r"\pm1," * 300 + "1", r"\{\pm" * 200, '"' * 1400, " " * 1400 + "5", r"\!" * 700, "$" * 1400,
+    "½" * 700, "1" + " 000" * 300, "\x00", "\ud800", "Ⅴ", "٣", "\\", "_", "'", "{}" * 700, "5^", r"\gcd()", r"\log_{}",
+    r"\begin{pmatrix}", "__import__('os').system('touch pwned')", r"\input{/etc/passwd}", "x.__class__", "lambda: 0",
+]
+
+
+def hammer():
+    """All hostile inputs as answer, as gold and as both; the longest call in seconds."""
+    longest = 0.0
+    for text in HOSTILE:
+        box = r"\boxed{%s}" % text
+        for completion, gold in ((box, "55"), (r"\boxed{55}", text), (text, text), (text * 9, "55"), (box, text)):
+            start = time.perf_counter()
+            assert grade(completion, gold)[0] in ((0.0, 1.0) if gold == text else (0.0,)), text
+            longest = max(longest, time.perf_counter() - start)
+    return longest
+
+
+def test_hostile_inputs():
+    """A tower of powers must not stop the run, nor may anything be executed, raised, or left changed."""
+    def state():
+        limits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+        return mpmath.mp.dps, getcontext().prec, limits, random.getstate(), threading.active_count()
+    before, times = state(), [hammer()]
+    threads = [threading.Thread(target=lambda: times.append(hammer())) for _ in range(2)]  # signals would fail here
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(times) == 3 and times[0] < 1.0  # a tenth of that on an idle machine
+    assert before == state()
+
+
+def test_random_texts():
+    """Nothing raises, whatever the bytes or the order of the commands; a long text costs no more than its length."""
+    rng = random.Random(0)
+    parts = r"""\frac \sqrt \sin \log_ ^ _ { } ( ) [ ] \{ \} | ! \pm , = < \le \cup \infty 1 23 0.5 x \pi e i % $ \\ & °
+        ½ \text{ \text{or} \begin{pmatrix} \end{pmatrix} \boxed{ #### <think> </think> answer is""".split()
+    for _ in range(1500):
+        a, b = ("".join(rng.choices(parts, k=rng.randrange(1, 25))) for _ in range(2))
+        assert grade(a, b)[0] in (0.0, 1.0) and score(a, b) in (0.0, 1.0)
+    for text in (r"\boxed{", "#### ", "<think>", "</think>", "answer is ", "$", "\n", "\\", "{", "}", r"\boxed{{}"):
+        start = time.perf_counter()
+        grade(text * (1_000_000 // len(text)), "5")
+        assert time.perf_counter() - start < 1.0, text
+
+
+def expression(rng, depth):
+    """A random expression in x and y, and a rewriting of it."""
+    if depth == 0:
+        a = rng.choice(["x", "y", str(rng.randrange(1, 9)), r"\pi", r"\sqrt{%d}" % rng.randrange(2, 9)])
+        return a, rng.choice([a, f"({a})", "{%s}" % a, f"{a}+0", rf"1 \cdot {a}", rf"\frac{{{a}}}{{1}}"])
+    (a, a2), (b, b2) = expression(rng, depth - 1), expression(rng, depth - 1)
+    return rng.choice([
+        (f"({a})+({b})", f"({b2})+({a2})"), (f"({a})-({b})", f"-({b2})+({a2})"),
+        (f"({a})({b})", rf"({b2}) \cdot ({a2})"), (f"({a})^2", f"({a2})({a2})"),
+        (rf"\frac{{{a}}}{{({b})^2+1}}", rf"({a2})/(1+({b2})({b2}))"),
+        (rf"\sin({a})", rf"-\sin(-({a2}))"), (rf"\sqrt{{({a})^2}}", rf"\left|{a2}\right|" if "|" not in a2 else a2),
+    ] if "|" not in a2 else [(a, a2)])
+
+
+def test_random_rewritings():
+    """An expression equals its rewriting however it is dressed, and never itself plus something."""
+    rng = random.Random(1)
+    for _ in range(60):
+        a, b = expression(rng, 2)
+        dressed = b.replace("(", r"\left( ").replace(")", r" \right) ")
+        assert score(a, b) == score(b, a) == score(f"${a}$", rf"\displaystyle {dressed}") == 1.0, (a, b)
+        assert score(a, f"{b}+{rng.choice(['1', '0.001', '10^{-9}', 'x'])}") == 0.0, (a, b)
+        assert score(f"({a}, 1)", f"({b}, 1)") == score(f"{a}=7x^3", f"14x^3=2({b})") == 1.0, (a, b)
+        assert score(f"({a}, 1)", f"(1, {b})") == score(a, "1"), (a, b)
+
+
+def test_random_numbers():
+    """Fractions, decimals and thousands are exact: one unit in the last place is another number."""
+    rng = random.Random(2)
+    for _ in range(200):
+        p, q, k = rng.randrange(1, 10**6), rng.randrange(2, 999), rng.randrange(2, 9)
+        assert score(rf"\frac{{{p}}}{{{q}}}", rf"\dfrac{{{k * p}}}{{{k * q}}}") == score(f"{p:,}", str(p)) == 1.0
+        assert score(rf"\frac{{{p}}}{{{q}}}", f"{p + 1}/{q}") == score(f"{p:,}", str(p + 1)) == 0.0
+        assert score(f"{p}/{q}", f"-{p}/-{q}") == 1.0 and score(f"{p}.001", f"{p}.002") == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +399,9 @@ def test_group_advantages_by_hand():
     assert (advantages[1] == 0).all()
     assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
     assert torch.equal(group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
-    with pytest.raises(ValueError):
-        group_advantages(torch.ones(3, 1))
+    for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):         # one sample a group; a reward that is no number
+        with pytest.raises(ValueError):
+            group_advantages(bad)
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
@@ -248,7 +447,7 @@ def test_tracker_without_spread_clip_and_state():
     for mu in (0.50, 0.51):
         clipped.push(mu)
     assert (clipped.feedback(0.9).xi, clipped.feedback(0.1).xi, clipped.feedback(0.1).phi) == (2.0, -2.0, -1.0)
-    loaded = ImprovementTracker()
+    loaded = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
     loaded.load_state_dict(json.loads(json.dumps(clipped.state_dict())))
     assert loaded.feedback(0.505) == clipped.feedback(0.505)
     loaded.push(0.7)
@@ -597,6 +796,16 @@ def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
     assert not torch.equal(weights(tmp_path / "run" / "model"), weights(folder / "model"))
 
 
+def test_dropout_is_off(tokenizer, tmp_path):
+    """With dropout in the training pass the ratio is not 1 before any update, and gspo's narrow clip eats the signal."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)).save_pretrained(tmp_path)
+    model = pipo.load_model(str(tmp_path), torch.device("cpu"))
+    batch = batch_of(model, tokenizer)
+    metrics = pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, batch.advantages, Config(temperature=1.0), 0.0)
+    assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
+
+
 def test_weights_are_float32(folder):
     """bf16 weights swallow updates at a learning rate of 1e-6: masters must be fp32."""
     half = AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
@@ -667,7 +876,8 @@ def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
             {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
         problems = pipo.read_problems(pipo.load_rows(str(name), "train"), tokenizer, cfg, "rows")
         assert [p.answer for p in problems] == [gold, gold]
-        assert problems[0].text == ("q" if isinstance(row.get("prompt"), list) else "q box")
+        asked = "q" if isinstance(row.get("prompt"), list) else "q box"       # the instruction is not put behind messages
+        assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
 
 
 def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer, capsys):
@@ -696,6 +906,8 @@ def bad_inputs(where):
     (where / "notes.txt").write_text("x")
     (where / "noanswer.jsonl").write_text('{"problem": "x", "answer": ""}')
     (where / "emptyfolder").mkdir(exist_ok=True)
+    (where / "translator").mkdir(exist_ok=True)
+    (where / "translator" / "config.json").write_text('{"model_type": "t5"}')
     return [
         ([*good, "--model", "/no/such/folder"], "/no/such/folder does not exist"),
         ([*good, "--model", "nobody/nothing"], "nobody/nothing can be read neither"),
@@ -723,6 +935,10 @@ def bad_inputs(where):
         ([*good, "--device", "abacus"], "--device is 'abacus'"),
         ([*good, "--resume"], "nothing to resume"),
         ([*good, "--resume", "--overwrite"], "--overwrite is True"),
+        ([*good, "--clip-high", "nan"], "--clip-high is nan"),
+        ([*good, "--weight-decay", "-1"], "--weight-decay is -1.0"),
+        ([*good, "--eval-limit", "-1"], "--eval-limit is -1"),
+        ([*good, "--model", f"{where}/translator"], "translator can be read neither"),
         ([*good, "--out", f"{where}/train.jsonl/run"], "cannot be written"),
         (["--dataset", f"{where}/train.jsonl"], "it needs --model"),
         (["--warm-start", "1.5"], "--warm-start is 1.5"),
@@ -750,10 +966,13 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(folder, capsys, monkeypatch
 
 def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
     pipo.train(settings(folder, tmp_path, steps=2))
-    for changes, sentence in [({}, "already holds a run"), ({"resume": True}, "already stands at step 2"),
+    for changes, sentence in [({}, "already holds a run"), ({"resume": True, "steps": 1}, "already stands at step 2"),
                               ({"resume": True, "steps": 4, "lr": 0.5, "window": 3}, "--window was 2, is 3; --lr was 0.001, is 0.5")]:
         with pytest.raises(UserError, match=re.escape(sentence)):
             pipo.train(settings(folder, tmp_path, **{"steps": 2, **changes}))
+    with pytest.raises(UserError):                                          # a mistyped name must not cost the run
+        pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
+    assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
     assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
 
 
