@@ -1074,14 +1074,14 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
 
     Both steps of an iteration are this function. A minibatch without any signal (or KL) takes no step at all: AdamW
     would move the weights on momentum and decay alone. Rows with coefficient 0 are not computed (their gradient is 0
-    unless there is a KL) but still count in the denominators. Raises FloatingPointError on a loss or gradient that is
-    not finite.
+    unless there is a KL) but still count in the denominators. Of several gradient norms the largest is returned; means
+    over no token are None. Raises FloatingPointError on a loss or gradient that is not finite.
     """
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     coefficients = advantages.flatten().to(model.device)                    # (N,)
-    sums, trained, norms = Counter(), 0, []
+    sums, trained, norms = Counter(loss=0.0, clip_fraction=0.0, ratio=0.0, logprob_gap=0.0), 0, []
     for rows in torch.arange(len(coefficients), device=model.device).chunk(cfg.minibatches):    # groups stay whole
         n_sequences, n_tokens = len(rows), batch.mask[rows].sum()
         if reference is None:
@@ -1113,9 +1113,9 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         norms.append(norm)
-    return {"loss": sums.pop("loss", 0.0) / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
+    return {"loss": sums.pop("loss") / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
             "skipped_steps": cfg.minibatches - len(norms),
-            **{name: value / max(1, trained) for name, value in sums.items()}}
+            **{name: value / trained if trained else None for name, value in sums.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

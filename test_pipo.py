@@ -1,6 +1,6 @@
-"""What must hold in pipo.py. Each test names the bug it guards against; all run on the CPU, offline, in about two minutes.
+"""What must hold in pipo.py. Each test names the bug it guards against; all run on the CPU, offline, in a minute.
 
-    make test          or          python -m pytest -q test_pipo.py
+make test          or          python -m pytest -q test_pipo.py
 """
 
 import copy
@@ -22,13 +22,25 @@ from pathlib import Path
 import mpmath
 import pytest
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import pipo
-from pipo import (BASES, Config, ImprovementTracker, UserError, extract_answer, grade, gradient_distortion,
-                  group_advantages, improvement_rewards, policy_loss, sample, token_logprobs, verify)
+from pipo import (
+    BASES,
+    Config,
+    ImprovementTracker,
+    UserError,
+    extract_answer,
+    grade,
+    gradient_distortion,
+    group_advantages,
+    improvement_rewards,
+    policy_loss,
+    sample,
+    token_logprobs,
+    verify,
+)
 
 HERE = Path(__file__).parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -42,9 +54,20 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def tiny_model(seed=0, spread=0.3):
     """A random Qwen3 with three EOS ids among 28 tokens, so that its completions end at different lengths."""
     torch.manual_seed(seed)
-    config = Qwen3Config(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
-                         initializer_range=spread, pad_token_id=0, eos_token_id=[1, 5, 9])
+    config = Qwen3Config(
+        vocab_size=28,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=spread,
+        pad_token_id=0,
+        eos_token_id=[1, 5, 9],
+    )
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -69,9 +92,9 @@ def tokenizer():
 def folder(tmp_path_factory):
     """A model folder and a dataset, as a user would have them."""
     where = tmp_path_factory.mktemp("start")
-    tiny_model(spread=0.05).save_pretrained(where / "model")              # close to uniform: no two completions alike
+    tiny_model(spread=0.05).save_pretrained(where / "model")  # close to uniform: no two completions alike
     letter_tokenizer().save_pretrained(where / "model")
-    rows = [{"problem": LETTERS[i % 20: i % 20 + 2 + i % 4], "answer": "1"} for i in range(40)]
+    rows = [{"problem": LETTERS[i % 20 : i % 20 + 2 + i % 4], "answer": "1"} for i in range(40)]
     (where / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return where
 
@@ -82,15 +105,28 @@ PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
 def batch_of(model, tokenizer, prompts=PROMPTS, group_size=4, max_new_tokens=16, **kwargs):
     """A sampled batch with made-up rewards in which every group but the last is mixed."""
     batch = sample(model, tokenizer, prompts, group_size, max_new_tokens, generator=pipo.rng("cpu", 0), **kwargs)
-    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])[:len(prompts)]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])[: len(prompts)]
     batch.advantages = group_advantages(rewards)
     return batch
 
 
 def settings(folder, out, **changes):
-    given = dict(model=str(folder / "model"), dataset=str(folder / "train.jsonl"), eval_every=0, steps=6, window=2, lr=1e-3,
-                 prompts_per_step=4, group_size=4, max_new_tokens=8, temperature=1.0, save_every=1, show_every=0,
-                 device="cpu", out=str(out))
+    given = dict(
+        model=str(folder / "model"),
+        dataset=str(folder / "train.jsonl"),
+        eval_every=0,
+        steps=6,
+        window=2,
+        lr=1e-3,
+        prompts_per_step=4,
+        group_size=4,
+        max_new_tokens=8,
+        temperature=1.0,
+        save_every=1,
+        show_every=0,
+        device="cpu",
+        out=str(out),
+    )
     return Config(**{**given, **changes})
 
 
@@ -105,7 +141,11 @@ def graded_by_coin(monkeypatch):
 
 
 def weights(path_or_model):
-    model = path_or_model if isinstance(path_or_model, torch.nn.Module) else AutoModelForCausalLM.from_pretrained(path_or_model)
+    model = (
+        path_or_model
+        if isinstance(path_or_model, torch.nn.Module)
+        else AutoModelForCausalLM.from_pretrained(path_or_model)
+    )
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -195,17 +235,37 @@ def test_unequal_answers(a, b):
     assert score(a, b) == score(b, a) == 0.0
 
 
-@pytest.mark.parametrize("text, answer", [
-    (r"First \boxed{1}, no: \boxed{2}.", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"),
-    (r"$\boxed 5$", "5"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{5} and then \boxed{12", None), ("", None),
-    (r"\boxed{5} or \boxed{}", None), (r"\boxed{5\}", None), ("\\boxed", None), ("The answer is \\boxed{", None),
-    (r"<think>\boxed{5}</think>\boxed{6}", "6"), (r"<think>\boxed{5}</think> Yes.", None), (r"<think>\boxed{5}", None),
-    (r"Hm, \boxed{5}? No.</think> The answer is 6.", "6"), ("1+1=2\n#### 72", "72"), ("#### 72\nThe answer is 5", "72"),
-    ("#### Step 3: add\nThe answer is 5", "5"), ("So, the answer is $\\frac12$. Good.", r"\frac12"),
-    ("**Answer:** 12", "12"), ("The answer is 3.5. I hope it is correct.", "3.5"), ("the answer is $45", "$45"),
-    ("**Final Answer**\n\n12", "12"), ("The final answer is: 12", "12"), ("The answer is C<|im_end|>", "C"),
-    ("It is 5. We get 7", None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"First \boxed{1}, no: \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{7}", "7"),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{5} and then \boxed{12", None),
+        ("", None),
+        (r"\boxed{5} or \boxed{}", None),
+        (r"\boxed{5\}", None),
+        ("\\boxed", None),
+        ("The answer is \\boxed{", None),
+        (r"<think>\boxed{5}</think>\boxed{6}", "6"),
+        (r"<think>\boxed{5}</think> Yes.", None),
+        (r"<think>\boxed{5}", None),
+        (r"Hm, \boxed{5}? No.</think> The answer is 6.", "6"),
+        ("1+1=2\n#### 72", "72"),
+        ("#### 72\nThe answer is 5", "72"),
+        ("#### Step 3: add\nThe answer is 5", "5"),
+        ("So, the answer is $\\frac12$. Good.", r"\frac12"),
+        ("**Answer:** 12", "12"),
+        ("The answer is 3.5. I hope it is correct.", "3.5"),
+        ("the answer is $45", "$45"),
+        ("**Final Answer**\n\n12", "12"),
+        ("The final answer is: 12", "12"),
+        ("The answer is C<|im_end|>", "C"),
+        ("It is 5. We get 7", None),
+    ],
+)
 def test_extraction(text, answer):
     """Paying for an earlier box, for a thought, or for the last number in the text teaches not to answer."""
     assert extract_answer(text) == answer
@@ -221,14 +281,57 @@ def test_gold_forms_and_causes():
 
 
 HOSTILE = [
-    "9^{9^{9^{9^9}}}", "(100000)!", "((99!)!)!", r"\binom{10^9}{5\cdot10^8}", "(x+1)^{99999}", "2^{2^{64}}",
-    "1e999999999", "10^{-10^{10}}", r"\sin(10^{10^8})", r"\lfloor10^{10^7}\pi\rfloor", r"e^{e^{e^{e^e}}}",
-    "1/0", "0^{-1}", "nan", "7" * 100_000,
-    "(" * 5000, "{" * 100_000, r"\sqrt{" * 400 + "}" * 400, r"\frac" * 300, "-" * 1400 + "5", "!" * 1400, "|" * 1400,
-    "x" + "^2" * 700, r"\sin" * 400 + "x", "+".join([r"\sin x"] * 200), "+".join([r"\sqrt{x^{99}+1}"] * 90),
-    ",".join("x" * 700), r"\pm1," * 300 + "1", r"\{\pm" * 200, '"' * 1400, " " * 1400 + "5", r"\!" * 700, "$" * 1400,
-    "½" * 700, "1" + " 000" * 300, "\x00", "\ud800", "Ⅴ", "٣", "\\", "_", "'", "{}" * 700, "5^", r"\gcd()", r"\log_{}",
-    r"\begin{pmatrix}", "__import__('os').system('touch pwned')", r"\input{/etc/passwd}", "x.__class__", "lambda: 0",
+    "9^{9^{9^{9^9}}}",
+    "(100000)!",
+    "((99!)!)!",
+    r"\binom{10^9}{5\cdot10^8}",
+    "(x+1)^{99999}",
+    "2^{2^{64}}",
+    "1e999999999",
+    "10^{-10^{10}}",
+    r"\sin(10^{10^8})",
+    r"\lfloor10^{10^7}\pi\rfloor",
+    r"e^{e^{e^{e^e}}}",
+    "1/0",
+    "0^{-1}",
+    "nan",
+    "7" * 100_000,
+    "(" * 5000,
+    "{" * 100_000,
+    r"\sqrt{" * 400 + "}" * 400,
+    r"\frac" * 300,
+    "-" * 1400 + "5",
+    "!" * 1400,
+    "|" * 1400,
+    "x" + "^2" * 700,
+    r"\sin" * 400 + "x",
+    "+".join([r"\sin x"] * 200),
+    "+".join([r"\sqrt{x^{99}+1}"] * 90),
+    ",".join("x" * 700),
+    r"\pm1," * 300 + "1",
+    r"\{\pm" * 200,
+    '"' * 1400,
+    " " * 1400 + "5",
+    r"\!" * 700,
+    "$" * 1400,
+    "½" * 700,
+    "1" + " 000" * 300,
+    "\x00",
+    "\ud800",
+    "Ⅴ",
+    "٣",
+    "\\",
+    "_",
+    "'",
+    "{}" * 700,
+    "5^",
+    r"\gcd()",
+    r"\log_{}",
+    r"\begin{pmatrix}",
+    "__import__('os').system('touch pwned')",
+    r"\input{/etc/passwd}",
+    "x.__class__",
+    "lambda: 0",
 ]
 
 
@@ -246,9 +349,11 @@ def hammer():
 
 def test_hostile_inputs():
     """A tower of powers must not stop the run, nor may anything be executed, raised, or left changed."""
+
     def state():
         limits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
         return mpmath.mp.dps, getcontext().prec, limits, random.getstate(), threading.active_count()
+
     before, times = state(), [hammer()]
     threads = [threading.Thread(target=lambda: times.append(hammer())) for _ in range(2)]  # signals would fail here
     for thread in threads:
@@ -279,12 +384,19 @@ def expression(rng, depth):
         a = rng.choice(["x", "y", str(rng.randrange(1, 9)), r"\pi", r"\sqrt{%d}" % rng.randrange(2, 9)])
         return a, rng.choice([a, f"({a})", "{%s}" % a, f"{a}+0", rf"1 \cdot {a}", rf"\frac{{{a}}}{{1}}"])
     (a, a2), (b, b2) = expression(rng, depth - 1), expression(rng, depth - 1)
-    return rng.choice([
-        (f"({a})+({b})", f"({b2})+({a2})"), (f"({a})-({b})", f"-({b2})+({a2})"),
-        (f"({a})({b})", rf"({b2}) \cdot ({a2})"), (f"({a})^2", f"({a2})({a2})"),
-        (rf"\frac{{{a}}}{{({b})^2+1}}", rf"({a2})/(1+({b2})({b2}))"),
-        (rf"\sin({a})", rf"-\sin(-({a2}))"), (rf"\sqrt{{({a})^2}}", rf"\left|{a2}\right|" if "|" not in a2 else a2),
-    ] if "|" not in a2 else [(a, a2)])
+    return rng.choice(
+        [
+            (f"({a})+({b})", f"({b2})+({a2})"),
+            (f"({a})-({b})", f"-({b2})+({a2})"),
+            (f"({a})({b})", rf"({b2}) \cdot ({a2})"),
+            (f"({a})^2", f"({a2})({a2})"),
+            (rf"\frac{{{a}}}{{({b})^2+1}}", rf"({a2})/(1+({b2})({b2}))"),
+            (rf"\sin({a})", rf"-\sin(-({a2}))"),
+            (rf"\sqrt{{({a})^2}}", rf"\left|{a2}\right|" if "|" not in a2 else a2),
+        ]
+        if "|" not in a2
+        else [(a, a2)]
+    )
 
 
 def test_random_rewritings():
@@ -322,8 +434,9 @@ def test_greedy_sampling_equals_generate(model, tokenizer):
     prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
     ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
     for i, prompt in enumerate(prompts):
-        reference = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
-                                   max_new_tokens=24)[0, len(prompt):].tolist()
+        reference = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=24
+        )[0, len(prompt) :].tolist()
         assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference
     lengths = ours.mask.sum(1).tolist()
     assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
@@ -345,44 +458,46 @@ def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
     for i, prompt in enumerate(batch.prompts):
         row = batch.tokens[i, : int(batch.mask[i].sum())]
         logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
-        plain = logits.log_softmax(-1)[len(prompt) - 1: -1].gather(-1, row[:, None]).squeeze(-1)
-        assert torch.allclose(ours[i, :len(row)], plain, atol=1e-5) and (ours[i, len(row):] == 0).all()
+        plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, row[:, None]).squeeze(-1)
+        assert torch.allclose(ours[i, : len(row)], plain, atol=1e-5) and (ours[i, len(row) :] == 0).all()
 
 
 def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
-    """Guards against a stop token outside the loss (the model never learns to stop) and against knowing only one EOS id."""
+    """A stop token outside the loss is never learned; a model with several EOS ids must stop at each of them."""
     assert pipo.eos_ids(model, tokenizer) == [1, 5, 9]
     batch = batch_of(model, tokenizer, group_size=32, max_new_tokens=40)
     ended_by = set()
     for tokens, mask, cut in zip(batch.tokens, batch.mask, batch.truncated):
         row = tokens[mask == 1].tolist()
         assert not {1, 5, 9} & set(row[:-1]) and (row[-1] in (1, 5, 9)) != bool(cut)
-        assert mask[:len(row)].all() and not mask[len(row):].any()
+        assert mask[: len(row)].all() and not mask[len(row) :].any()
         ended_by.add(row[-1])
     assert {1, 5, 9} <= ended_by
     logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
     last = batch.mask.sum(1).long() - 1
-    gradient = torch.autograd.grad(policy_loss(logprobs, batch.behavior_logprobs, torch.ones(len(last)), batch.mask)[0], logprobs)[0]
+    gradient = torch.autograd.grad(
+        policy_loss(logprobs, batch.behavior_logprobs, torch.ones(len(last)), batch.mask)[0], logprobs
+    )[0]
     assert (gradient.gather(1, last[:, None]) < 0).all()
 
 
 def test_groups_are_independent_draws_and_seeds_repeat(model, tokenizer):
-    """Guards against a prompt's copies sharing their first token (one draw expanded to G rows), and against hidden state."""
+    """Guards against copies of a prompt sharing their first token (one draw for G rows), and against hidden state."""
     first = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
-    torch.rand(7)                                                           # somebody else draws in between
+    torch.rand(7)  # somebody else draws in between
     again = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
     assert first.tokens[:, 0].unique().numel() > 5 and torch.equal(first.tokens, again.tokens)
     assert not torch.equal(first.tokens, sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 6)).tokens)
 
 
 def test_draws_follow_the_distribution():
-    """Frequencies of 40,000 draws against softmax(logits / T), and top-p keeps the smallest set that reaches its mass."""
+    """40,000 draws have the frequencies of softmax(logits / T); top-p keeps the smallest set that reaches its mass."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40000, 4)
     tokens, logprobs = pipo.draw(logits, 1.0, 1.0, pipo.rng("cpu", 0))
     assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.01)
     tokens, logprobs = pipo.draw(logits, 1.0, 0.7, pipo.rng("cpu", 0))
     assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.01)
-    assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))    # of the full distribution all the same
+    assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))  # of the full distribution all the same
     tokens, _ = pipo.draw(logits, 0.5, 1.0, pipo.rng("cpu", 0))
     assert torch.allclose(tokens.bincount(minlength=4)[0] / 40000, torch.tensor(0.25 / 0.365), atol=0.01)
 
@@ -393,20 +508,26 @@ def test_draws_follow_the_distribution():
 
 
 def test_group_advantages_by_hand():
-    """[1, 0, 0, 1]: mean 0.5, sample std 0.5774. Guards against ddof 0, and against noise in groups of equal rewards."""
+    """[1, 0, 0, 1].
+
+    Mean 0.5, sample std 0.5774. Guards against ddof 0, and against noise in groups of equal rewards.
+    """
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]]))
     assert torch.allclose(advantages[0], torch.tensor([1, -1, -1, 1]) * 0.5 / 0.57735, atol=1e-4)
     assert (advantages[1] == 0).all()
     assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
-    assert torch.equal(group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
-    for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):         # one sample a group; a reward that is no number
+    assert torch.equal(
+        group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False),
+        torch.tensor([[0.75, -0.25, -0.25, -0.25]]),
+    )
+    for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):  # one sample a group; a reward that is no number
         with pytest.raises(ValueError):
             group_advantages(bad)
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
 def test_attribution_identities(normalize_std):
-    """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, whatever the normalisation; 0 without signal."""
+    """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, however A is normalised; else 0."""
     G = 8
     for k in range(G + 1):
         rewards = torch.tensor([[1.0] * k + [0.0] * (G - k)])
@@ -414,26 +535,29 @@ def test_attribution_identities(normalize_std):
         if k in (0, G):
             assert (a == 0).all()
             continue
-        assert torch.allclose(a[:k], torch.tensor(G / (2 * k))) and torch.allclose(a[k:], torch.tensor(-G / (2 * (G - k))))
+        assert torch.allclose(a[:k], torch.tensor(G / (2 * k))) and torch.allclose(
+            a[k:], torch.tensor(-G / (2 * (G - k)))
+        )
         assert math.isclose(a.abs().mean(), 1, rel_tol=1e-6)
         assert torch.allclose(improvement_rewards(group_advantages(rewards, normalize_std), -0.3)[0], -0.3 * a)
 
 
 def test_tracker_by_hand():
-    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1. Guards against ddof 0, against a window that holds the present
+    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1.
 
-    (mu = 0.5 would then give at most sqrt(K - 1)), against a push too many, and against a warm-up of the wrong length.
+    Guards against ddof 0, against a window that holds the present (xi could then not reach 3), against a push too many,
+    and against a warm-up of the wrong length.
     """
     tracker = ImprovementTracker(window=3, lam=0.1)
     for mu in (0.1, 0.2, 0.3):
         assert tracker.feedback(mu) is None
         tracker.push(mu)
-    for _ in range(3):                                                      # reading changes nothing
+    for _ in range(3):  # reading changes nothing
         xi, phi, mu_his, sigma_his = tracker.feedback(0.5)
         assert (round(xi, 9), round(phi, 9), round(mu_his, 9), round(sigma_his, 9)) == (3.0, 3.0, 0.2, 0.1)
     fall = tracker.feedback(0.1)
     assert math.isclose(fall.xi, -1) and math.isclose(fall.phi, -0.1)
-    tracker.push(0.5)                                                       # the oldest leaves: [0.2, 0.3, 0.5]
+    tracker.push(0.5)  # the oldest leaves: [0.2, 0.3, 0.5]
     assert math.isclose(tracker.feedback(0.4).mu_his, 1 / 3)
 
 
@@ -458,7 +582,10 @@ def test_tracker_without_spread_clip_and_state():
 
 
 def test_xi_on_a_plateau_and_on_a_trend():
-    """Monte Carlo: on a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2."""
+    """Monte Carlo.
+
+    On a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2.
+    """
     noise, phis = random.Random(0), []
     for _ in range(4000):
         tracker = ImprovementTracker(8, 0.1)
@@ -479,12 +606,19 @@ def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit():
     rewards = (torch.rand(n, G) < p).float()
     spread = rewards.std(1, correction=0, keepdim=True)
     advantages = torch.where(spread > 0, (rewards - rewards.mean(1, keepdim=True)) / spread, 0.0)
-    score = rewards - p                                                     # d log pi(arm) / d logit
+    score = rewards - p  # d log pi(arm) / d logit
     gradient, mixed = (advantages * score).mean(1), (spread > 0).squeeze(1)
     for estimate, conditional in ((gradient, False), (gradient[mixed], True)):
         eta, error = estimate.mean() / (p * (1 - p)), estimate.std() / len(estimate) ** 0.5 / (p * (1 - p))
         assert abs(eta - gradient_distortion(p, G, conditional)) < 4 * error < 0.05
-    table = {(0.1, True): 4.09, (0.01, True): 33.8, (0.001, True): 331, (0.1, False): 2.33, (0.01, False): 2.61, (0.5, True): 1.87}
+    table = {
+        (0.1, True): 4.09,
+        (0.01, True): 33.8,
+        (0.001, True): 331,
+        (0.1, False): 2.33,
+        (0.01, False): 2.61,
+        (0.5, True): 1.87,
+    }
     for (p, conditional), value in table.items():
         assert math.isclose(gradient_distortion(p, 8, conditional), value, rel_tol=4e-3)
     assert math.isclose(gradient_distortion(1e-9, 8), math.sqrt(7), rel_tol=1e-6)
@@ -527,7 +661,9 @@ def test_loss_against_scalar_loops_and_finite_differences(base):
     logprobs, behavior, advantages, mask = random_rows()
     loss, metrics = policy_loss(logprobs, behavior, advantages, mask, base, max_new_tokens=9)
     assert math.isclose(loss.item(), loss_by_hand(logprobs, behavior, advantages, mask, base, 9), rel_tol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: policy_loss(x, behavior, advantages, mask, base, max_new_tokens=9)[0], logprobs)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, behavior, advantages, mask, base, max_new_tokens=9)[0], logprobs
+    )
     assert 0 < metrics["clip_fraction"] < 1
 
 
@@ -535,7 +671,7 @@ def test_loss_against_scalar_loops_and_finite_differences(base):
 def test_clip_on_both_signs(coefficient):
     """The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down already.
 
-    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough in its direction.
+    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough its way.
     """
     for ratio in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0):
         logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
@@ -550,16 +686,20 @@ def test_clip_on_both_signs(coefficient):
 def test_kl_is_k3_and_averaged_like_the_loss():
     """k3 = e^d - d - 1 with d = log pi_ref - log pi, by hand on one token; zero advantages leave the KL alone."""
     logprobs, reference = torch.tensor([[-1.0, -9.0]]), torch.tensor([[-1.5, -2.0]])
-    loss, metrics = policy_loss(logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]), ref_logprobs=reference, kl_coef=0.5)
+    loss, metrics = policy_loss(
+        logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]), ref_logprobs=reference, kl_coef=0.5
+    )
     k3 = math.exp(-0.5) + 0.5 - 1
     assert math.isclose(loss.item(), 0.5 * k3, rel_tol=1e-6) and math.isclose(metrics["kl"], k3, rel_tol=1e-6)
 
 
 def gradient_of(update_of, model):
     """The gradient that an optimizer gets to see."""
+
     class Recorder(torch.optim.SGD):
         def step(self):
             self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).clone()
+
     recorder = Recorder(model.parameters(), lr=0.0)
     return update_of(recorder), recorder.seen
 
@@ -567,22 +707,34 @@ def gradient_of(update_of, model):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
-    """Guards against a denominator per micro-batch, against dropped rows missing from it, and against the last one's loss
+    """Guards against a denominator per micro-batch, and against dropped rows missing from it.
 
-    standing for the batch's. The oracle is one padded pass over all rows, zero advantages included.
+    Also against the last one's loss standing for the batch's. The oracle is one padded pass over all rows.
     """
     batch, results = batch_of(model, tokenizer), []
     model, reference = copy.deepcopy(model), tiny_model(seed=3) if kl_coef else None
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))    # so that ratios are not 1
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))  # so that ratios are not 1
     for budget in (1, 60, 10**9):
-        cfg = Config(base=base, kl_coef=kl_coef, microbatch_tokens=budget, max_grad_norm=1e9, temperature=1.0, max_new_tokens=16)
-        results.append(gradient_of(lambda o: pipo.update(model, o, batch, batch.advantages, cfg, 0.0, reference), model))
+        cfg = Config(
+            base=base, kl_coef=kl_coef, microbatch_tokens=budget, max_grad_norm=1e9, temperature=1.0, max_new_tokens=16
+        )
+        results.append(
+            gradient_of(lambda o: pipo.update(model, o, batch, batch.advantages, cfg, 0.0, reference), model)
+        )
     logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
     ref_logprobs = token_logprobs(reference, batch.prompts, batch.tokens, batch.mask).detach() if kl_coef else None
-    loss, means = policy_loss(logprobs, batch.behavior_logprobs, batch.advantages.flatten(), batch.mask, base,
-                              ref_logprobs=ref_logprobs, kl_coef=kl_coef, max_new_tokens=16)
+    loss, means = policy_loss(
+        logprobs,
+        batch.behavior_logprobs,
+        batch.advantages.flatten(),
+        batch.mask,
+        base,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        max_new_tokens=16,
+    )
     plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     for metrics, gradient in results:
         assert torch.allclose(gradient, plain, atol=1e-5 * plain.abs().max()) and plain.abs().max() > 0
@@ -606,19 +758,24 @@ def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, di
     batch = batch_of(model, tokenizer)
     before = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach()
     cfg = Config(temperature=1.0, max_new_tokens=16)
-    pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, improvement_rewards(batch.advantages, phi), cfg, 0.1)
+    pipo.update(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), batch, improvement_rewards(batch.advantages, phi), cfg, 0.1
+    )
     moved = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach() - before
     right, wrong = batch.advantages.flatten() > 0, batch.advantages.flatten() < 0
     assert (moved[right].mean() - moved[wrong].mean()) * direction > 0
 
 
 def test_no_step_without_signal(tokenizer):
-    """AdamW moves weights on momentum and decay even when the gradient is zero: a batch without signal takes no step."""
+    """AdamW moves weights on momentum and decay even when the gradient is zero.
+
+    A batch without signal takes no step.
+    """
     model = tiny_model()
     batch = batch_of(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cfg = Config(temperature=1.0, max_new_tokens=16)
-    pipo.update(model, optimizer, batch, batch.advantages, cfg, 1e-2)       # momentum to move on
+    pipo.update(model, optimizer, batch, batch.advantages, cfg, 1e-2)  # momentum to move on
     before = weights(model)
     metrics = pipo.update(model, optimizer, batch, torch.zeros_like(batch.advantages), cfg, 1e-2)
     assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1
@@ -638,10 +795,14 @@ def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coi
     problems = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
     for step in range(1, 5):
         chosen = pipo.pick_problems(problems, step, cfg)
-        batch = sample(model, tokenizer, [p.prompt for p in chosen], 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step))
+        batch = sample(
+            model, tokenizer, [p.prompt for p in chosen], 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step)
+        )
         A = group_advantages(torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)).flatten()
         rows_ = (A != 0).nonzero().squeeze(1)
-        order = rows_[torch.tensor([len(batch.prompts[i]) + int(batch.mask[i].sum()) for i in rows_]).argsort(stable=True)]
+        order = rows_[
+            torch.tensor([len(batch.prompts[i]) + int(batch.mask[i].sum()) for i in rows_]).argsort(stable=True)
+        ]
         width = int(batch.mask[order].sum(1).max())
         mask = batch.mask[order, :width]
         logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
@@ -658,8 +819,8 @@ def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coi
 def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatch):
     """The order of one iteration, from what `update` is called with.
 
-    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration's ratio is against the
-    policy that sampled; mu counts every sample; xi is read from the K values before it.
+    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration's ratio is against
+    the policy that sampled; mu counts every sample; xi is read from the K values before it.
     """
     calls, plain_update = [], pipo.update
 
@@ -673,7 +834,7 @@ def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatc
     mus, k, previous = [row["mu"] for row in rows], 0, None
     for t, row in enumerate(rows):
         if t >= 3:
-            window = mus[t - 3:t]
+            window = mus[t - 3 : t]
             assert math.isclose(row["xi"], (mus[t] - statistics.mean(window)) / statistics.stdev(window), rel_tol=1e-9)
             assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
             batch, coefficients, lr = calls[k]
@@ -691,7 +852,10 @@ def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatc
 
 @pytest.mark.parametrize("feedback", ["constant", "shuffled"])
 def test_controls_take_the_same_steps_with_another_coefficient(folder, tmp_path, graded_by_coin, feedback):
-    """A gain of PIPO must be told from that of one more step: same steps, coefficient a constant or an earlier xi's phi."""
+    """A gain of PIPO must be told from that of one more step.
+
+    Same steps, coefficient a constant or an earlier xi's phi.
+    """
     rows = pipo.train(settings(folder, tmp_path / "run", feedback=feedback, steps=8, lam=0.5))
     used = [(t, row["coefficient"]) for t, row in enumerate(rows) if row["feedback"] in ("positive", "negative")]
     assert len(used) >= 4
@@ -720,15 +884,18 @@ class CountingAdamW(torch.optim.AdamW):
 
 
 def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
-    """12 steps, and 7 resumed to 12: same metrics, same bits. Guards against a lost window, batch, moment or data order.
+    """12 steps, and 7 resumed to 12: same metrics, same bits.
 
-    The metrics behind the checkpoint that a kill leaves, and a line cut in half, must go, not stand there twice.
+    Guards against a lost window, batch, moment or data order. The metrics behind the checkpoint that a kill leaves, and
+    a line cut in half, must go, not stand there twice.
     """
     whole = pipo.train(settings(folder, tmp_path / "whole", steps=12, feedback="shuffled", kl_coef=0.01))
     pipo.train(settings(folder, tmp_path / "broken", steps=7, feedback="shuffled", kl_coef=0.01))
     with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 8, "mu": 9}) + "\n" + '{"step": 9, "m')
-    resumed = pipo.train(settings(folder, tmp_path / "broken", steps=12, feedback="shuffled", kl_coef=0.01, resume=True))
+    resumed = pipo.train(
+        settings(folder, tmp_path / "broken", steps=12, feedback="shuffled", kl_coef=0.01, resume=True)
+    )
     assert without_times(whole) == without_times(resumed) and len(whole) == 12
     assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
     assert len({row["mu"] for row in whole}) > 3 and any(row["feedback"] == "negative" for row in whole)
@@ -743,13 +910,32 @@ sys.exit(pipo.main(sys.argv[1:]))
 
 
 def command(folder, out, *flags, patch=""):
-    arguments = ["--model", folder / "model", "--dataset", folder / "train.jsonl", "--eval-every", "0", "--window", "2", "--lr",
-                 "1e-3", "--prompts-per-step", "4", "--group-size", "4", "--max-new-tokens", "8", "--out", out, *flags]
+    arguments = [
+        "--model",
+        folder / "model",
+        "--dataset",
+        folder / "train.jsonl",
+        "--eval-every",
+        "0",
+        "--window",
+        "2",
+        "--lr",
+        "1e-3",
+        "--prompts-per-step",
+        "4",
+        "--group-size",
+        "4",
+        "--max-new-tokens",
+        "8",
+        "--out",
+        out,
+        *flags,
+    ]
     return [sys.executable, "-c", RUN.format(patch=patch), *map(str, arguments)]
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path):
-    """Guards against writing over the only checkpoint: SIGKILL with half of step 4's on the disk, then resume from step 2."""
+    """Guards against writing over the only checkpoint: a SIGKILL with half of step 4's on the disk, then resume."""
     patch = """
 plain_save = torch.save
 def save(state, file):
@@ -762,14 +948,21 @@ torch.save = save
     killed = subprocess.run(command(folder, tmp_path / "run", *flags, patch=patch), cwd=HERE, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] == 2
-    resumed = subprocess.run(command(folder, tmp_path / "run", *flags, "--resume"), cwd=HERE, capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(folder, tmp_path / "run", *flags, "--resume"), cwd=HERE, capture_output=True, text=True
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert [row["step"] for row in pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
-    run = subprocess.Popen(command(folder, tmp_path / "run", "--steps", "100000", "--save-every", "100000"), cwd=HERE,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command(folder, tmp_path / "run", "--steps", "100000", "--save-every", "100000"),
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 60
     while len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 3 and time.time() < deadline:
         time.sleep(0.1)
@@ -781,12 +974,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
 
 
 def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
-    """Metrics name every number the README explains; the model folder loads as any other; the run's config is on file."""
-    cfg = settings(folder, tmp_path / "run", eval_every=2, eval_dataset=str(folder / "train.jsonl"), kl_coef=0.01, steps=4)
+    """Metrics hold every number that the README explains; the model folder loads as any other."""
+    cfg = settings(
+        folder, tmp_path / "run", eval_every=2, eval_dataset=str(folder / "train.jsonl"), kl_coef=0.01, steps=4
+    )
     rows = pipo.train(cfg)
-    expected = ("step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm clip_fraction ratio "
-                "logprob_gap entropy kl truncated zero_signal completion_length tokens seconds_sample seconds_grade "
-                "seconds_verification seconds_exploration memory_gb eval_pass@1").split()
+    expected = (
+        "step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm clip_fraction ratio "
+        "logprob_gap entropy kl truncated zero_signal completion_length tokens seconds_sample seconds_grade "
+        "seconds_verification seconds_exploration memory_gb eval_pass@1"
+    ).split()
     assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
     assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
@@ -797,12 +994,18 @@ def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
 
 
 def test_dropout_is_off(tokenizer, tmp_path):
-    """With dropout in the training pass the ratio is not 1 before any update, and gspo's narrow clip eats the signal."""
+    """With dropout in the training pass the ratio is not 1 before any update, and gspo's narrow clip eats the signal.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
-    GPT2LMHeadModel(GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)).save_pretrained(tmp_path)
+
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
+    ).save_pretrained(tmp_path)
     model = pipo.load_model(str(tmp_path), torch.device("cpu"))
     batch = batch_of(model, tokenizer)
-    metrics = pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, batch.advantages, Config(temperature=1.0), 0.0)
+    metrics = pipo.update(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), batch, batch.advantages, Config(temperature=1.0), 0.0
+    )
     assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
 
 
@@ -823,9 +1026,15 @@ def test_prompts_of_a_step_depend_on_the_step_alone():
 
 def test_the_demo_end_to_end_through_the_command_line(tmp_path):
     """The command of the README at a tiny size: it must run from nothing, offline, and leave its files."""
-    flags = "--warm-start 0.02 --steps 3 --window 2 --prompts-per-step 4 --group-size 4 --eval-limit 32 --show-every 1".split()
-    run = subprocess.run([sys.executable, "pipo.py", *flags, "--out", tmp_path / "demo"], cwd=HERE, capture_output=True,
-                         text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    flags = "--warm-start 0.02 --steps 3 --window 2 --prompts-per-step 4 --group-size 4 --eval-limit 32".split()
+    flags += ["--show-every", "1"]
+    run = subprocess.run(
+        [sys.executable, "pipo.py", *flags, "--out", tmp_path / "demo"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert run.returncode == 0, run.stderr
     assert "held-out pass@1" in run.stdout and "feedback" in run.stdout and "step 1, reward" in run.stdout + run.stderr
     assert len(pipo.read_jsonl(tmp_path / "demo" / "metrics.jsonl")) == 4 and (tmp_path / "demo" / "model").is_dir()
@@ -848,7 +1057,15 @@ def test_demo_problems_are_right_and_disjoint():
 
 LAYOUTS = [
     ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
-    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "solution": "y"}, "5"),
+    (
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "reward_model": {"ground_truth": ["so \\boxed{5}"]},
+            "problem": "x",
+            "solution": "y",
+        },
+        "5",
+    ),
     ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
     ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
     ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
@@ -861,6 +1078,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "folder"])
 def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
     import datasets
+
     cfg = Config(instruction=" box")
     for i, (row, gold) in enumerate(LAYOUTS):
         if ending == "csv" and not all(isinstance(value, (str, int)) for value in row.values()):
@@ -876,31 +1094,54 @@ def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
             {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
         problems = pipo.read_problems(pipo.load_rows(str(name), "train"), tokenizer, cfg, "rows")
         assert [p.answer for p in problems] == [gold, gold]
-        asked = "q" if isinstance(row.get("prompt"), list) else "q box"       # the instruction is not put behind messages
+        asked = "q" if isinstance(row.get("prompt"), list) else "q box"  # the instruction is not put behind messages
         assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
 
 
 def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer, capsys):
     import datasets
-    rows = [{"problem": "ab", "solution": "\\boxed{1}"}, {"problem": "ab", "solution": "no box"}, {"problem": "ab", "solution": None},
-            {"problem": "abcdefgh", "solution": "\\boxed{1}"}]
-    problems = pipo.read_problems(datasets.Dataset.from_list(rows), tokenizer, Config(max_prompt_tokens=5, instruction=""), "rows")
+
+    rows = [
+        {"problem": "ab", "solution": "\\boxed{1}"},
+        {"problem": "ab", "solution": "no box"},
+        {"problem": "ab", "solution": None},
+        {"problem": "abcdefgh", "solution": "\\boxed{1}"},
+    ]
+    problems = pipo.read_problems(
+        datasets.Dataset.from_list(rows), tokenizer, Config(max_prompt_tokens=5, instruction=""), "rows"
+    )
     assert len(problems) == 1
-    assert "left out of rows: 2 without a question or an answer; 1 with a prompt over 5 tokens" in capsys.readouterr().out
+    assert (
+        "left out of rows: 2 without a question or an answer; 1 with a prompt over 5 tokens" in capsys.readouterr().out
+    )
 
 
 def test_the_chat_template_is_used_where_there_is_one(tokenizer):
     """Without its template a chat model never emits EOS and every reward is 0."""
     chat = copy.deepcopy(tokenizer)
-    chat.chat_template = ("{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
-                          "{% if not enable_thinking %}n{% endif %}")
+    chat.chat_template = (
+        "{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
+        "{% if not enable_thinking %}n{% endif %}"
+    )
     messages = [{"role": "user", "content": "abc"}]
-    assert chat.decode(pipo.encode(chat, messages)) == "uabcgn" and chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
+    assert (
+        chat.decode(pipo.encode(chat, messages)) == "uabcgn"
+        and chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
+    )
     assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
 
 
 def bad_inputs(where):
-    good = ["--model", f"{where}/model", "--dataset", f"{where}/train.jsonl", "--eval-every", "0", "--out", f"{where}/never"]
+    good = [
+        "--model",
+        f"{where}/model",
+        "--dataset",
+        f"{where}/train.jsonl",
+        "--eval-every",
+        "0",
+        "--out",
+        f"{where}/never",
+    ]
     (where / "columns.jsonl").write_text('{"text": "x", "label": "y"}')
     (where / "empty.jsonl").write_text("")
     (where / "notes.txt").write_text("x")
@@ -914,7 +1155,10 @@ def bad_inputs(where):
         ([*good, "--model", f"{where}/emptyfolder"], "emptyfolder can be read neither"),
         ([*good, "--dataset", "/no/such/file.parquet"], "/no/such/file.parquet does not exist"),
         ([*good, "--dataset", "nobody/nothing"], "nobody/nothing can be read neither"),
-        ([*good, "--dataset", f"{where}/columns.jsonl"], "has the columns text, label; understood are prompt + reward_model"),
+        (
+            [*good, "--dataset", f"{where}/columns.jsonl"],
+            "has the columns text, label; understood are prompt + reward_model",
+        ),
         ([*good, "--dataset", f"{where}/empty.jsonl"], "empty.jsonl is empty or"),
         ([*good, "--dataset", f"{where}/emptyfolder"], "emptyfolder"),
         ([*good, "--dataset", f"{where}/notes.txt"], "notes.txt is empty or not a"),
@@ -966,11 +1210,14 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(folder, capsys, monkeypatch
 
 def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
     pipo.train(settings(folder, tmp_path, steps=2))
-    for changes, sentence in [({}, "already holds a run"), ({"resume": True, "steps": 1}, "already stands at step 2"),
-                              ({"resume": True, "steps": 4, "lr": 0.5, "window": 3}, "--window was 2, is 3; --lr was 0.001, is 0.5")]:
+    for changes, sentence in [
+        ({}, "already holds a run"),
+        ({"resume": True, "steps": 1}, "already stands at step 2"),
+        ({"resume": True, "steps": 4, "lr": 0.5, "window": 3}, "--window was 2, is 3; --lr was 0.001, is 0.5"),
+    ]:
         with pytest.raises(UserError, match=re.escape(sentence)):
             pipo.train(settings(folder, tmp_path, **{"steps": 2, **changes}))
-    with pytest.raises(UserError):                                          # a mistyped name must not cost the run
+    with pytest.raises(UserError):  # a mistyped name must not cost the run
         pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
     assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
     assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
@@ -981,12 +1228,18 @@ def test_a_run_that_breaks_down_stops_with_its_batch_on_file(folder, tmp_path, g
     """A NaN must stop the run, never be trained through; the step is named and the last checkpoint stays."""
     if broken == "gradient":
         plain, calls = pipo.policy_loss, []
-        monkeypatch.setattr(pipo, "policy_loss", lambda *a, **k: (calls.append(1), (plain(*a, **k)[0] * (
-            math.nan if len(calls) > 3 else 1), {}))[1])
+        monkeypatch.setattr(
+            pipo,
+            "policy_loss",
+            lambda *a, **k: (calls.append(1), (plain(*a, **k)[0] * (math.nan if len(calls) > 3 else 1), {}))[1],
+        )
     with pytest.raises(FloatingPointError, match=r"step \d+: .*bad_batch"):
         pipo.train(settings(folder, tmp_path / "run", lr=lr, steps=20))
     bad = torch.load(tmp_path / "run" / "bad_batch.pt")
-    assert len(bad["problems"]) == 4 and bad["step"] == torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] + 1
+    assert (
+        len(bad["problems"]) == 4
+        and bad["step"] == torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] + 1
+    )
 
 
 def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
@@ -1001,9 +1254,11 @@ def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
 def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
     """README and code drift apart: every command shown must be one that the program takes."""
     help_text = subprocess.run([sys.executable, "pipo.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
-    for flag in ("--model --dataset --eval-dataset --base --feedback --window --lam --xi-clip --steps --prompts-per-step "
-                 "--group-size --max-new-tokens --max-prompt-tokens --temperature --top-p --lr --pi-lr --kl-coef --minibatches "
-                 "--seed --device --out --resume --eval-every --save-every").split():
+    for flag in (
+        "--model --dataset --eval-dataset --base --feedback --window --lam --xi-clip --steps --prompts-per-step "
+        "--group-size --max-new-tokens --max-prompt-tokens --temperature --top-p --lr --pi-lr --kl-coef --minibatches "
+        "--seed --device --out --resume --eval-every --save-every"
+    ).split():
         assert flag + " " in help_text or flag + "\n" in help_text
     commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", (HERE / "README.md").read_text(), flags=re.MULTILINE)
     assert len(commands) >= 3
