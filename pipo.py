@@ -53,8 +53,10 @@ from tokenizers import Tokenizer, decoders, models as tokenizer_models
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 try:
@@ -816,6 +818,24 @@ def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Te
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def shared_heads_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """transformers' SDPA, except for one new token a row: there the queries of a key-value head become rows of one query.
+
+    Under a mask transformers would copy every key-value head to each of its queries, at every step: with long prompts
+    most of the time of sampling. query (n, heads, S, D), key and value (n, key-value heads, S', D).
+    """
+    n, heads, S, D = query.shape
+    if S > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    query = query.reshape(n, key.shape[1], -1, D)                           # (n, key-value heads, queries of each, D)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(n, 1, heads, D), None
+
+
+AttentionInterface.register("shared_heads", shared_heads_attention)
+AttentionMaskInterface.register("shared_heads", sdpa_mask)
+
+
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0, generator=None,
            cache_tokens=65536) -> Batch:
@@ -1213,6 +1233,8 @@ def load_model(path: str, device, trainable: bool = True):
     model = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32))
     model = model.to(device).requires_grad_(trainable).eval()
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("shared_heads")
     if model.device.type == "cuda" and trainable:
         model.gradient_checkpointing_enable()
     ids = torch.arange(4, device=model.device)[None]                        # (1, 4)

@@ -80,7 +80,10 @@ def letter_tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    """With the attention that load_model chooses."""
+    model = tiny_model()
+    model.set_attn_implementation("shared_heads")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -427,14 +430,15 @@ def test_random_numbers():
 
 
 def test_greedy_sampling_equals_generate(model, tokenizer):
-    """Guards against cache, position and padding errors: prompts of different length, rows dropped as they end.
+    """Guards against cache, position, padding and attention errors: prompts of several lengths, rows dropped at their end.
 
     Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
     """
-    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
+    plain, prompts = tiny_model(), [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
+    assert plain.config._attn_implementation == "sdpa"
     ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
     for i, prompt in enumerate(prompts):
-        reference = model.generate(
+        reference = plain.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=24
         )[0, len(prompt) :].tolist()
         assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference
@@ -790,7 +794,7 @@ def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coi
     """Against GRPO written out: no tracker, one optimizer step a batch, one pass over all rows."""
     cfg = settings(folder, tmp_path / "run", feedback="none", steps=4)
     rows = pipo.train(cfg)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(cfg.model), AutoTokenizer.from_pretrained(cfg.model)
+    model, tokenizer = pipo.load_model(cfg.model, torch.device("cpu")), AutoTokenizer.from_pretrained(cfg.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     problems = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
     for step in range(1, 5):
@@ -1013,7 +1017,9 @@ def test_weights_are_float32(folder):
     """bf16 weights swallow updates at a learning rate of 1e-6: masters must be fp32."""
     half = AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
     half.save_pretrained(folder / "half")
-    assert {p.dtype for p in pipo.load_model(str(folder / "half"), torch.device("cpu")).parameters()} == {torch.float32}
+    model = pipo.load_model(str(folder / "half"), torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config._attn_implementation == "shared_heads"
 
 
 def test_prompts_of_a_step_depend_on_the_step_alone():
