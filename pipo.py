@@ -819,10 +819,10 @@ def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Te
 
 
 def shared_heads_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """transformers' SDPA, except for one new token a row: there the queries of a key-value head become rows of one query.
+    """transformers' SDPA; but at one new token a row, the queries that share a key-value head become rows of one query.
 
-    Under a mask transformers would copy every key-value head to each of its queries, at every step: with long prompts
-    most of the time of sampling. query (n, heads, S, D), key and value (n, key-value heads, S', D).
+    Under a mask transformers would copy every key-value head to each of its queries, at every token: with long prompts
+    that is most of the time of sampling. query (n, heads, S, D), key and value (n, key-value heads, S', D).
     """
     n, heads, S, D = query.shape
     if S > 1:

@@ -430,7 +430,7 @@ def test_random_numbers():
 
 
 def test_greedy_sampling_equals_generate(model, tokenizer):
-    """Guards against cache, position, padding and attention errors: prompts of several lengths, rows dropped at their end.
+    """Guards against cache, position, padding and attention errors, with prompts of several lengths and dropped rows.
 
     Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
     """
