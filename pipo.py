@@ -200,6 +200,9 @@ class TooBig(Exception):
     """Reading or comparing the text would take more than the limits allow."""
 
 
+# --- What is known: names, spellings, units, and the rewritings that take off the dress
+
+
 def table(text):
     """'a b c; d e': b and c stand for a, e stands for d."""
     return {name: row.split()[0] for row in text.split(";") for name in row.split()}
@@ -284,6 +287,8 @@ TOKEN = re.compile(r"""(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?!
     | "[^"]*" | \\(?:begin|end)\{\w+\} | \\mathbb\{\w\} | \\[A-Za-z]+ | \\\S
     | [^\W\d_]+ | <= | >= | \*\* | (?<![0-9)!])!= | \S""", re.VERBOSE)
 
+# --- Finding the answer in a text
+
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 HASHES = re.compile(r"(?<!#)####(?!#)(?!\W{0,9}(?:final|answer|step|solution)\b)[ \t]*(\S.*)", re.I)
 CUE = re.compile(r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)", re.I)
@@ -326,6 +331,9 @@ def extract_answer(text: str) -> str | None:
     return (answer or "").strip(" \t\n*") or None
 
 
+# --- From text to tokens
+
+
 def quoted(text):
     """Words in quotes, so that they are never read as products of letters."""
     return " %s " % re.sub(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", r'"\g<0>"', text)
@@ -348,6 +356,9 @@ def tokenize(text):
         else:  # a product of letters
             tokens.extend(word)
     return tokens
+
+
+# --- Arithmetic and comparison, within a budget
 
 
 class PerThread(threading.local):
@@ -373,9 +384,11 @@ class Arithmetic:
     """
 
     def __init__(self):
-        self.mp, self.cost, self.complex = LOCAL.mp, MAX_COST, False  # complex: whether i was met
+        self.mp, self.cost = LOCAL.mp, MAX_COST
+        self.complex = False  # whether i was met
 
     def pay(self, cost):
+        """Take `cost` from the budget of this comparison; at its end it is TooBig."""
         self.cost -= cost
         if self.cost < 0:
             raise TooBig
@@ -399,36 +412,43 @@ class Arithmetic:
         if not args or any(type(arg) is not list for arg in args):
             raise Unreadable
 
-        def sample(*xs):
+        def value(*xs):
             try:
                 return None if any(x is None or type(x) is float for x in xs) else function(*xs)
             except (ArithmeticError, ValueError, TypeError):  # undefined here, or of such arguments
                 return None
 
-        return [sample(*(arg[k % len(arg)] for arg in args)) for k in range(max(map(len, args)))]
+        return [value(*(arg[k % len(arg)] for arg in args)) for k in range(max(map(len, args)))]
 
     def add(self, a, b):
+        """a + b."""
         return self.each(lambda x, y: self.checked(x + y, *(z for z in (x, y) if type(z) is Fraction)), a, b)
 
     def mul(self, a, b):
+        """a * b, one of which may be a matrix."""
         for x, y in ((a, b), (b, a)):
-            if kind(x) in ("matrix", "row"):  # a number times a matrix
+            if kind(x) in ("matrix", "row"):
                 return (x[0], *(self.mul(item, y) for item in x[1:]))
         return self.each(lambda x, y: self.checked(x * y, x, y, x * y), a, b)
 
     def neg(self, a):
+        """-a, of samples or a matrix."""
         return [None if x is None else -x for x in a] if type(a) is list else self.mul(MINUS_ONE, a)
 
     def pow(self, a, b):
+        """a ** b."""
         return self.each(self.power, a, b)
 
     def div(self, a, b):
+        """a / b, undefined where b is 0."""
         return self.mul(a, self.each(lambda x: self.power(x, Fraction(-1)), b))
 
     def call(self, name, *args):
+        """A function of FUNCTIONS or EXACT."""
         return self.each(lambda *xs: self.function(name, *xs), *args)
 
     def power(self, x, y):
+        """x ** y for single numbers: exact where it can be, the real one of odd roots, never too large to compute."""
         if abs(x) < TINY and (x == 0 or type(x) is not Fraction):
             return Fraction(0) if y.real > 0 else 1 / Fraction(0)
         if abs(y) * (self.size(x) + 5) > MAX_BITS:
@@ -442,6 +462,7 @@ class Arithmetic:
         return self.checked(power, x, y, power)
 
     def function(self, name, *xs):
+        """A function of single numbers; ArithmeticError or ValueError where it is undefined."""
         if name in EXACT and all(type(x) is Fraction for x in xs):
             if name in (r"\binom", "!") and max(xs) > 1500:
                 raise TooBig
@@ -504,6 +525,9 @@ class Arithmetic:
         return all(map(self.same, a[1:], b[1:]))
 
 
+# --- The grammar
+
+
 class Reader(Arithmetic):
     """Reads an answer by recursive descent, one method for each level of the grammar.
 
@@ -526,13 +550,14 @@ class Reader(Arithmetic):
         return ("set", *found) if self.sign < 0 else node
 
     def accept(self, *tokens):
-        """The next token, if it is one of these."""
+        """Use up and return the next token if it is one of these, else None."""
         if self.next in tokens and self.next != "end":
             self.i += 1
             self.next = self.tokens[self.i]
             return self.tokens[self.i - 1]
 
     def need(self, *tokens):
+        """The same, but anything else is Unreadable."""
         if token := self.accept(*tokens):
             return token
         raise Unreadable
@@ -625,6 +650,7 @@ class Reader(Arithmetic):
         return ("unit", node, name) if name else node
 
     def sum(self):
+        """Products joined by + and -; of a \\pm the sign of this reading."""
         total = None
         while total is None or self.next in SIGNS:
             sign = 1
@@ -635,6 +661,7 @@ class Reader(Arithmetic):
         return total
 
     def product(self):
+        """Powers joined by *, / or nothing."""
         node = self.powers()
         while (op := self.accept("*", "/")) or self.starts_factor():
             sign = op and self.accept("-")
@@ -643,6 +670,7 @@ class Reader(Arithmetic):
         return node
 
     def starts_factor(self):
+        """Whether the next token can follow a factor as another one, without a sign between."""
         return self.next[0] in "0123456789." or len(self.next) == 1 and self.next.isalpha() or self.next in STARTS
 
     def powers(self):
@@ -655,6 +683,7 @@ class Reader(Arithmetic):
         return node
 
     def exponent(self):
+        """What stands behind ^."""
         return self.neg(self.atom()) if self.accept("-") else self.atom()
 
     def atom(self):
@@ -704,6 +733,7 @@ class Reader(Arithmetic):
         return node
 
     def bracket(self, opening):
+        """The rest of a bracket: a tuple or interval if it holds several items, else what is in it."""
         node = ("set",) if self.next == "}" else self.items()
         brackets = opening + self.need(")", "]", "}")
         if kind(node) == "set" and brackets in ("()", "[]", "(]", "[)"):
@@ -727,6 +757,7 @@ class Reader(Arithmetic):
         return self.pow(node, power) if power else node
 
     def matrix(self, begin):
+        """The rows up to the \\end of this \\begin."""
         if begin == r"\begin{array}":
             self.raw()
         rows, end = [["row"]], begin.replace("begin", "end")
@@ -735,6 +766,9 @@ class Reader(Arithmetic):
             if self.next != end and self.need("and", r"\\") == r"\\":
                 rows.append(["row"])
         return ("matrix", *(tuple(row) for row in rows if len(row) > 1))
+
+
+# --- Judging
 
 
 def plain(text):
