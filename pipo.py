@@ -188,7 +188,7 @@ MAX_DEPTH = 25  # nested brackets, fractions, roots, ...
 MAX_BITS = 20_000  # of an exact number: 2^20000, 1500!
 MAX_COST = 50_000  # of reading and comparing, about a microsecond each
 POINTS = 12  # where expressions in variables are compared
-DIGITS = 300  # of what is not an exact fraction
+DIGITS = 300  # decimals of what is not an exact fraction; also the bits that its operands may have
 TINY = 1e-150  # far below any honest difference, far above what rounding does to numbers between 2^-300 and 2^300
 
 
@@ -219,9 +219,9 @@ SPELLINGS = table(r"""
 UNITS = table(r"""
     mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in; yard yd;
     foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; minute min; hour hr h;
-    day; week; month; year yr; l liter litre; ml milliliter; gallon; mph; dollar $ usd; cent ¢; euro €; £; radian;
+    ms millisecond; day; week; month; year yr; l liter litre; ml milliliter; gallon; mph; dollar $ usd; cent ¢; euro €; £; radian;
     degree deg \circ; % percent pct percentage; j joule; n newton; w watt; v volt; k kelvin; hz hertz; am; pm""")
-PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # which are units outside \text{...} too
+PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # units outside \text{...} too; a bare min is m*i*n
 # After one of these words, "5 and some words" is no longer 5.
 HEDGES = set("""not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise to through
     between less more fewer than least most about approximately if unless except without
@@ -339,6 +339,12 @@ def quoted(text):
     return " %s " % re.sub(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", r'"\g<0>"', text)
 
 
+def unit_name(word):
+    """A word as UNITS spells it, without a plural -s (but ms is no m)."""
+    word = word.lower()
+    return word[:-1] if len(word) > 2 and word[-1] == "s" and word not in UNITS else word
+
+
 def tokenize(text):
     """Canonical tokens: numbers, "words" in quotes, single letters, \\commands and symbols."""
     if len(text) > MAX_TEXT:
@@ -346,12 +352,14 @@ def tokenize(text):
     for part, pattern, new in REWRITES:
         text = pattern.sub(new, text) if part in text else text
     tokens = []
-    for token in TOKEN.findall(text):
-        word = token.strip('"')
-        is_word = token != word or len(word) > 3 or word.istitle() or word.lower().rstrip("s") in PLAIN_UNITS
+    for match in TOKEN.finditer(text):
+        token = match[0]
+        word, attached = token.strip('"'), text[match.start() - 1:match.start()].isdigit()
+        # 5 apples and 5cm end in words; 2lwh and 6abcd are products
+        is_word = token != word or unit_name(word) in PLAIN_UNITS or not attached and (len(word) > 3 or word.istitle())
         if word in SPELLINGS or token == word and not word.isalpha():
             tokens.append(SPELLINGS.get(word, word))
-        elif len(word) > 1 and is_word or token[1:-1] in UNITS:
+        elif len(word) > 1 and is_word or token != word and word in UNITS:
             tokens.append(f'"{word.lower()}"')
         else:  # a product of letters
             tokens.extend(word)
@@ -380,7 +388,8 @@ def kind(node):
 class Arithmetic:
     """Computes with samples: a list of one number if constant, else of one at each of POINTS points; None if undefined.
 
-    Numbers are exact fractions as long as they can be, and then mpmath's with DIGITS digits.
+    Numbers are exact fractions as long as they can be, and then mpmath's with DIGITS digits. A float is always an
+    infinity: it can be compared and negated, and any arithmetic with it is undefined.
     """
 
     def __init__(self):
@@ -475,6 +484,8 @@ class Arithmetic:
         y = getattr(self.mp, FUNCTIONS[name])(*xs)
         if not self.mp.isfinite(y) or abs(y) > 1 / TINY:
             raise ZeroDivisionError("a pole")
+        if 0 < abs(y) < TINY and all(type(x) is Fraction for x in xs):  # sin(10^-200) is not 0, sin(pi) is
+            raise TooBig
         return Fraction(0) if abs(y) < TINY else self.checked(y, y, *xs)
 
     def variable(self, name):
@@ -579,7 +590,7 @@ class Reader(Arithmetic):
                 found.append(self.relation())
         if joint and all(kind(x) in ("in", ">", ">=") for x in found):  # x > 2 and x < 3
             return self.meet(*found)
-        if len(found) > 1 and all(kind(x) == "in" for x in found):  # x < 2 or x > 3
+        if len(found) > 1 and all(kind(x) == "in" and x[1] == found[0][1] for x in found):  # x < 2 or x > 3
             return ("in", found[0][1], (r"\cup", *(x[2] for x in found)))
         return ("set", *found) if len(found) > 1 else found[0]
 
@@ -646,7 +657,7 @@ class Reader(Arithmetic):
         for _ in words:
             self.need(self.next)
         power = "^2" if {"square", "sq"} & set(words) else "^3" if "cubic" in words else ""
-        name = "".join(UNITS.get(w) or UNITS.get(w.rstrip("s")) or re.sub(r"\w{2,}|[{}]", "", w) for w in words) + power
+        name = "".join(UNITS.get(unit_name(w)) or re.sub(r"\w{2,}|[{}]", "", w) for w in words) + power
         return ("unit", node, name) if name else node
 
     def sum(self):

@@ -194,7 +194,7 @@ bases, choices, words: 204_5 = 204_{5} | \text{(C)} = C | C = \textbf{(C)}\ 12 |
 UNEQUAL = r"""
 near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979 | 10000001 = 10000000
     | 13.1 = 1.31 | 123456789012345678 = 123456789012345679 | \sqrt2 = \sqrt2+10^{-40} | 2.7e-6 = 2.7 | \frac34 = 3
-    | 0 = 10^{-300}
+    | 0 = 10^{-300} | 0 = \sin(10^{-200})
 signs, elements, order: 5 = -5 | 2-\sqrt3 = 2+\sqrt3 | 3-4i = 3+4i | (1,2) = (2,1) | 1,2,3 = 1,2 | 5 = 5,6 | \pm2 = 2
     | 3:4 = 4:3 | (1,2) = \{1,2\} | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix}
     | 2^{10} = 10^2 | [-36,104] = -36104
@@ -206,7 +206,8 @@ functions: |x| = x | \ln|x| = \ln x | \sin^{-1}x = \frac1{\sin x} | \tan 2x = 2\
     | x = X | f(2)<f(1) = f(1)<f(4) | \lfloor n/2\rfloor = \lceil n/2\rceil | 1 = \sin^2x
 equations: 2x+z=1 = 1 | x=5 = y=5 | y^2=4x = y^2=-4x | 5 = x>5 | 5 = x=6 | e=5 = e=6
 dress: 5\text{ cm} = 5\text{ m} | 5\text{ cm} = 5\text{ cm}^2 | \$5 = 5 cents | 50\% = 0.5 | 2 = 2\text{ million}
-    | 1,234 = 1.234
+    | 1,234 = 1.234 | 2 = 2lwh | 6 = 6xyzw | 5\text{ m} = 5\text{ ms}
+    | x<1\text{ or }x>2 = x<1\text{ or }y>2 | (0,1)\cup(2,3) = x\in(0,1), y\in(2,3)
 bases, words: 204_5 = 204 | 204_5 = 54 | 204_5 = 204_6 | seat = east | \text{no} = on | C = D
     | \text{even} = \text{even or odd} | \overline{CD} = \overline{DC} | \angle ABC = \angle ACB | HHT = THH
     | 21\text{st} = 22\text{nd}
