@@ -219,8 +219,9 @@ SPELLINGS = table(r"""
 UNITS = table(r"""
     mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in; yard yd;
     foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; minute min; hour hr h;
-    ms millisecond; day; week; month; year yr; l liter litre; ml milliliter; gallon; mph; dollar $ usd; cent ¢; euro €; £;
-    radian; degree deg \circ; % percent pct percentage; j joule; n newton; w watt; v volt; k kelvin; hz hertz; am; pm""")
+    ms millisecond; day; week; month; year yr; l liter litre; ml milliliter; gallon; mph; dollar $ usd; cent ¢; euro €;
+    £; radian; degree deg \circ; % percent pct percentage; j joule; n newton; w watt; v volt; k kelvin; hz hertz;
+    am; pm""")
 PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # units outside \text{...} too; a bare min is m*i*n
 # After one of these words, "5 and some words" is no longer 5.
 HEDGES = set("""not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise to through
