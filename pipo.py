@@ -75,15 +75,18 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
+    """What an error of a library says first; its name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def option(default, help, demo=None, choices=None):
+    """A field of Config: its default, its --help, its value in the demo if that is another, and what it may be."""
     return field(default=default, metadata=dict(help=help, demo=demo, choices=choices))
 
 
 @dataclass
 class Config:
+    """All settings of a run; each field is the flag of its name, with - for _."""
     # the task
     model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
     dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: a hub name (org/name, or "
@@ -567,6 +570,7 @@ class Reader(Arithmetic):
             self.i += 1
             self.next = self.tokens[self.i]
             return self.tokens[self.i - 1]
+        return None
 
     def need(self, *tokens):
         """The same, but anything else is Unreadable."""
@@ -1006,6 +1010,7 @@ def gradient_distortion(p: float, G: int, conditional: bool = False) -> float:
 
 
 class Feedback(NamedTuple):
+    """What the tracker has to say of one batch."""
     xi: float           # improvement in standard deviations of the window
     phi: float          # the coefficient it becomes
     mu_his: float       # mean of the window
@@ -1070,6 +1075,7 @@ def improvement_rewards(advantages: Tensor, phi: float) -> Tensor:
 
 
 class Base(NamedTuple):
+    """What sets one base objective apart from the others."""
     normalize_std: bool     # divide the advantage by the group's std
     sequence_ratio: bool    # one ratio a sequence instead of one a token
     clip_low: float
@@ -1194,6 +1200,7 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "cs
 
 
 class Problem(NamedTuple):
+    """One question with its answer, ready to be asked."""
     text: str               # the question, for people
     prompt: list[int]       # token ids
     answer: str
@@ -1211,11 +1218,16 @@ def load_or_explain(name: str, what: str, load):
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
     """The rows of a local file, a folder or a hub dataset: `split` if it has one by that name, else its first split."""
-    path, source = Path(name), dict(zip(("path", "name"), [name] if Path(name).exists() else name.split(":")))
+    path = Path(name)
     if path.is_file():
         if path.suffix not in READERS or path.stat().st_size == 0:
             raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
         source = {"path": READERS[path.suffix], "data_files": name}
+    elif path.exists():
+        source = {"path": name}
+    else:
+        hub_name, _, config = name.partition(":")
+        source = {"path": hub_name, "name": config or None}
     splits = load_or_explain(name, "dataset", lambda: datasets.load_dataset(**source))
     if split not in splits:
         split = next(iter(splits))
@@ -1453,6 +1465,7 @@ def read_jsonl(path: Path, last_step: float = math.inf) -> list[dict]:
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:
+    """Put rows behind those of a file, one JSON object a line."""
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -105,11 +105,10 @@ def folder(tmp_path_factory):
 PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
 
 
-def batch_of(model, tokenizer, prompts=PROMPTS, group_size=4, max_new_tokens=16, **kwargs):
+def batch_of(model, tokenizer, group_size=4, max_new_tokens=16):
     """A sampled batch with made-up rewards in which every group but the last is mixed."""
-    batch = sample(model, tokenizer, prompts, group_size, max_new_tokens, generator=pipo.rng("cpu", 0), **kwargs)
-    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])[: len(prompts)]
-    batch.advantages = group_advantages(rewards)
+    batch = sample(model, tokenizer, PROMPTS, group_size, max_new_tokens, generator=pipo.rng("cpu", 0))
+    batch.advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]]))
     return batch
 
 
@@ -907,8 +906,8 @@ def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
 
 
 RUN = """
-import os, sys, signal, zlib, torch, pipo
-pipo.grade = lambda completion, answer: (float(zlib.crc32(completion.encode()) % 3 == 0), None)
+import os, sys, signal, torch, pipo, test_pipo
+pipo.grade = test_pipo.coin
 {patch}
 sys.exit(pipo.main(sys.argv[1:]))
 """
