@@ -40,8 +40,9 @@ import unicodedata
 import zlib
 from collections import Counter, deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+                          Cache, DynamicCache, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -104,7 +106,7 @@ class Config:
     max_new_tokens: int = option(4096, "longest completion", demo=48)
     temperature: float = option(0.7, "of sampling, in training and evaluation", demo=1.0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass")
-    cache_tokens: int = option(65536, "tokens in the key-value cache at a time, at least one group's; more is faster")
+    cache_tokens: int = option(None, "tokens in the key-value cache at a time; more is faster (default: what fits)")
     # the base objective (exploration step)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)")
@@ -117,13 +119,21 @@ class Config:
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)")
     constant: float = option(0.43, "coefficient of --feedback constant; 0.43: phi's mean on noise at K 8, lambda 0.1")
+    reward_noise: float = option(0.0, "share of training rewards flipped at random, to study noisy feedback")
     # the optimizer
     lr: float = option(1e-6, "learning rate", demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification (policy-improvement) step (default: --lr)")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     minibatches: int = option(1, "optimizer steps that a batch is split into, in both steps (the paper: 2)")
-    microbatch_tokens: int = option(16384, "padded tokens in one backward pass; changes memory, not results", demo=4096)
+    epochs: int = option(1, "passes over a batch in the exploration step")
+    microbatch_tokens: int = option(8192, "padded tokens in one backward pass; changes memory, not results", demo=2048)
+    # precision and memory
+    dtype: str = option("", "of the weights that sample and are differentiated; AdamW always steps in float32 "
+                        "(default: bfloat16 on a GPU, else float32)", choices=("", "float32", "bfloat16"))
+    optimizer_device: str = option("", "where AdamW's float32 weights and moments stand (default: in host memory where "
+                                   "they would take over a tenth of the GPU's)")
+    lora: int = option(0, "rank of LoRA adapters that are trained instead of the weights (needs peft); 0: all weights")
     # the run
     seed: int = option(0, "the same seed gives the same run on the same machine (on a CPU, to the last bit)")
     device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
@@ -132,7 +142,7 @@ class Config:
     overwrite: bool = option(False, "delete the run that is in --out")
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", demo=20)
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all")
-    save_every: int = option(10, "steps between checkpoints", demo=20)
+    save_every: int = option(10, "steps between checkpoints, 0 for none at all", demo=20)
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", demo=20)
 
 
@@ -142,9 +152,9 @@ DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"]
 
 def validate(cfg: Config) -> None:
     """Refuse settings that make no sense (raises UserError) before anything is loaded."""
-    positive = ("steps prompts_per_step minibatches max_new_tokens max_prompt_tokens cache_tokens microbatch_tokens "
-                "save_every lr pi_lr max_grad_norm temperature xi_clip").split()
-    not_negative = "eval_every eval_limit show_every kl_coef weight_decay clip_low clip_high".split()
+    positive = ("steps prompts_per_step minibatches epochs max_new_tokens max_prompt_tokens cache_tokens "
+                "microbatch_tokens lr pi_lr max_grad_norm temperature xi_clip").split()
+    not_negative = "eval_every eval_limit save_every show_every kl_coef weight_decay clip_low clip_high lora".split()
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
     rules = [(math.isfinite(value), name, "it must be a finite number") for name, value in given.items()
              if isinstance(value, float)]
@@ -155,12 +165,14 @@ def validate(cfg: Config) -> None:
     rules += [
         (cfg.window >= 2, "window", "a standard deviation needs at least 2 past rewards"),
         (0 <= cfg.lam <= 1, "lam", "it must lie between 0 and 1"),
+        (0 <= cfg.reward_noise < 0.5, "reward_noise", "it must be a share, from 0 to below 0.5"),
         (cfg.group_size >= 2, "group_size", "a sample is compared with its group, so it takes at least 2"),
         (0 < cfg.top_p <= 1, "top_p", "it must lie above 0 and not above 1"),
         (cfg.clip_low is None or cfg.clip_low < 1, "clip_low", "it must lie below 1"),
         (cfg.prompts_per_step % max(1, cfg.minibatches) == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
+        (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
         (0 <= cfg.warm_start < 1, "warm_start", "it must be a share, from 0 to below 1"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own problems"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own problems"),
@@ -168,10 +180,11 @@ def validate(cfg: Config) -> None:
     for ok, name, reason in rules:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r}: {reason}")
-    try:
-        torch.empty(0, device=cfg.device or "cpu")
-    except (RuntimeError, AssertionError) as error:                         # an unknown name, or no such device here
-        raise UserError(f"--device is {cfg.device!r}: {first_line(error)}")
+    for name in ("device", "optimizer_device"):
+        try:
+            torch.empty(0, device=getattr(cfg, name) or "cpu")
+        except (RuntimeError, AssertionError) as error:                     # an unknown name, or no such device here
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r}: {first_line(error)}")
 
 
 def rng(device, *key) -> torch.Generator:
@@ -863,8 +876,10 @@ def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Te
             ranked, order = probs.sort(descending=True)                     # (n, V)
             ranked[ranked.cumsum(-1) - ranked >= top_p] = 0                 # the first token always stays
             probs = torch.zeros_like(probs).scatter(-1, order, ranked)      # (n, V)
-        # argmax p/Exp(1) is a draw from p, and unlike torch.multinomial never makes the CPU wait for the GPU
-        tokens = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)     # (n,)
+        # one uniform number a row, not one a token as torch.multinomial; fp32 sums would lose the tail of a large V
+        sums = probs.cumsum(-1, dtype=torch.float64)                        # (n, V)
+        u = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)  # (n, 1)
+        tokens = torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1).squeeze(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
@@ -886,56 +901,112 @@ AttentionInterface.register("shared_heads", shared_heads_attention)
 AttentionMaskInterface.register("shared_heads", sdpa_mask)
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache that writes into room made beforehand; transformers' copies itself every token."""
+
+    def __init__(self, pieces, rows, room):
+        """Move the given rows of `pieces` (counted through, repeats allowed) here, with `room` free columns behind."""
+        super().__init__()
+        self.is_initialized = True
+        self.all_keys, self.all_values = (self.take(pieces, name, rows, room) for name in ("keys", "values"))
+        self.show(self.all_keys.shape[2] - room)
+
+    def take(self, pieces, name, rows, room):
+        held = [vars(piece).pop(name) for piece in pieces]
+        held = torch.cat(held) if len(held) > 1 else held[0]
+        return F.pad(held[rows], (0, 0, 0, room))                           # (n, heads, P + room, D)
+
+    def show(self, P):
+        self.keys, self.values = self.all_keys[:, :, :P], self.all_values[:, :, :P]                 # (n, heads, P, D)
+
+    def update(self, keys, values, *_, **__):
+        """Write the next token's keys and values (n, heads, 1, D) behind those held; returns them all."""
+        P = self.keys.shape[2]
+        self.all_keys[:, :, P:P + 1], self.all_values[:, :, P:P + 1] = keys, values
+        self.show(P + 1)
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0, generator=None,
-           cache_tokens=65536) -> Batch:
-    """Sample `group_size` completions of each of Q prompts (lists of token ids).
+           cache_tokens=None, chunk=None, prefill_tokens=16384) -> Batch:
+    """Sample `group_size` completions of each of Q prompts (lists of token ids); temperature 0 is greedy.
 
-    Runs in waves of as many prompts as `cache_tokens` has room for. temperature=0 is greedy. Raises FloatingPointError
-    where the model's probabilities are not finite.
+    Works in waves of as many rows as the cache has room for. Every `chunk` tokens the rows that have ended are dropped,
+    and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a later wave, which reads in what
+    they have so far. Running out of memory is no more than that: the wave ends, and the room is halved. Raises
+    FloatingPointError where the model's probabilities are not finite.
     """
     model.eval()
-    device, eos, T = model.device, torch.tensor(eos_ids(model, tokenizer), device=model.device), max_new_tokens
-    N = len(prompts) * group_size
-    tokens = torch.zeros(N, T, dtype=torch.long, device=device)             # (N, T)
-    mask, logprobs = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)             # (N, T), (N, T)
-    longest = max(len(prompt) for prompt in prompts)
-    per_wave = max(1, cache_tokens // (group_size * (longest + T)))         # prompts
-    chunk = max(1, min(T // 8, 128))                                        # tokens between two looks for ended rows
-    for first in range(0, len(prompts), per_wave):
-        wave = prompts[first:first + per_wave]
-        width = max(len(prompt) for prompt in wave)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in wave], device=device)               # (q, P) pads first
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in wave], device=device)   # (q, P)
-        cache = DynamicCache(config=model.config)
-        logits = model(ids, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0), past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]      # (q, V)
-        cache.batch_repeat_interleave(group_size)
-        logits, seen = (x.repeat_interleave(group_size, 0) for x in (logits, seen))                 # (n, V), (n, P)
-        rows = torch.arange(first * group_size, first * group_size + len(seen), device=device)      # (n,) of the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)                     # (n,) not ended yet
-        for t in range(T):
-            drawn, logprob = draw(logits, temperature, top_p, generator)    # (n,), (n,)
-            tokens[rows, t], logprobs[rows, t], mask[rows, t] = drawn, logprob, alive.float()
-            alive = alive & ~torch.isin(drawn, eos)
-            if (t + 1) % chunk == 0 or t + 1 == T:
-                if not logprobs[rows].isfinite().all():
-                    raise FloatingPointError("the model's probabilities are not finite")
-                keep = alive.nonzero().squeeze(-1)                          # (n',)
-                if len(keep) == 0 or t + 1 == T:
-                    break
-                if len(keep) < len(rows):
-                    cache.batch_select_indices(keep)
-                    rows, alive, seen, drawn = rows[keep], alive[keep], seen[keep], drawn[keep]
-            seen = F.pad(seen, (0, 1), value=1)                             # (n, P + t + 1)
-            logits = model(drawn[:, None], attention_mask=seen, position_ids=seen.sum(-1, keepdim=True) - 1,
-                           past_key_values=cache, use_cache=True).logits[:, -1]                     # (n, V)
-    lengths = mask.sum(-1).long()                                           # (N,)
-    last = tokens.gather(-1, lengths[:, None] - 1).squeeze(-1)              # (N,)
-    T = int(lengths.max())
-    tokens, mask, logprobs = (tokens * mask.long())[:, :T], mask[:, :T], (logprobs * mask)[:, :T]   # (N, T)
-    texts = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(tokens.tolist(), lengths.tolist())]
-    return Batch([p for p in prompts for _ in range(group_size)], tokens, mask, logprobs, ~torch.isin(last, eos), texts)
+    device, eos, T, room = model.device, set(eos_ids(model, tokenizer)), max_new_tokens, cache_tokens or math.inf
+    chunk = chunk or max(1, min(T // 8, 128))                               # within one, nothing waits for the GPU
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]     # N
+    completions, logprobs = [[] for _ in prompts], [[] for _ in prompts]    # N lists that grow
+
+    def ended(i):
+        return len(completions[i]) == T or completions[i][-1:] != [] and completions[i][-1] in eos
+
+    def length(i):
+        return len(prompts[i]) + len(completions[i])
+
+    def decode(wave):
+        """Carry on the rows in `wave`, until each has ended or has to wait."""
+        read = [(*prompts[i], *completions[i]) for i in wave]
+        once = {row: k for k, row in enumerate(dict.fromkeys(read))}        # rows that begin alike are read once
+        width = max(map(len, once))
+        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in once], device=device)      # (q, P) pads first
+        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in once], device=device)     # (q, P)
+        caches, logits = [], []
+        for part, mask in zip(*(x.split(max(1, prefill_tokens // width)) for x in (ids, seen))):
+            caches.append(DynamicCache())
+            logits.append(model(part, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                                past_key_values=caches[-1], use_cache=True, logits_to_keep=1).logits[:, -1])
+        rows, token = torch.tensor([once[row] for row in read], device=device), None                # (n,)
+        logits = torch.cat(logits)[rows]                                    # (n, V)
+        while wave:
+            caches = [Cache([RoomyLayer(pieces, rows, chunk) for pieces in zip(*(cache.layers for cache in caches))])]
+            seen, drawn = seen[rows], []                                    # (n, P)
+            for _ in range(min(chunk, T - min(len(completions[i]) for i in wave))):
+                if token is not None:
+                    seen = F.pad(seen, (0, 1), value=1)                     # (n, P + 1)
+                    logits = model(token[:, None], attention_mask=seen, position_ids=seen.sum(-1, keepdim=True) - 1,
+                                   past_key_values=caches[0], use_cache=True).logits[:, -1]         # (n, V)
+                token, logprob = draw(logits, temperature, top_p, generator)    # (n,), (n,)
+                drawn.append((token, logprob))
+            new_tokens, new_logprobs = (torch.stack(x, 1) for x in zip(*drawn))     # (n, chunk)
+            if not new_logprobs.isfinite().all():
+                raise FloatingPointError("the model's probabilities are not finite")
+            for i, row, logs in zip(wave, new_tokens.tolist(), new_logprobs.tolist()):
+                n = next((k for k, drawn_token in enumerate(row, 1) if drawn_token in eos), chunk)
+                n = min(n, T - len(completions[i]))
+                completions[i] += row[:n]
+                logprobs[i] += logs[:n]
+            keep = [k for k, i in enumerate(wave) if not ended(i)]
+            keep = [k for n, k in enumerate(keep, 1) if n == 1 or n * (seen.shape[1] + 1 + chunk) <= room]
+            wave, rows = [wave[k] for k in keep], torch.tensor(keep, dtype=torch.long, device=device)
+            token = token[rows]                                             # (n,)
+
+    waiting = list(range(len(prompts)))
+    while waiting:
+        waiting.sort(key=length)                                            # alike in length: little padding
+        n = max(1, sum(k * (length(i) + chunk) <= room for k, i in enumerate(waiting, 1)))
+        wave, waiting = waiting[:n], waiting[n:]
+        try:
+            decode(wave)
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+            room = min(room, sum(length(i) + chunk for i in wave)) // 2
+        waiting += [i for i in wave if not ended(i)]
+
+    T = max(map(len, completions))
+    tokens, behavior_logprobs = (torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+                                 for rows in (completions, logprobs))       # (N, T), (N, T)
+    lengths = torch.tensor([len(row) for row in completions], device=device)                        # (N,)
+    mask = (torch.arange(T, device=device) < lengths[:, None]).float()      # (N, T)
+    truncated = torch.tensor([row[-1] not in eos for row in completions], device=device)            # (N,)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
+    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1131,6 +1202,17 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, base="grpo", clip
     return loss, {name: ((value * mask).sum() / mask.sum().clamp(min=1)).item() for name, value in means.items()}
 
 
+@torch.no_grad()
+def reference_logprobs(model, reference, *args) -> Tensor:
+    """token_logprobs under the reference policy: a frozen model, or with LoRA the model itself, its adapters off."""
+    if reference is model:
+        model.disable_adapters()
+    logprobs = token_logprobs(reference, *args)                             # (n, T)
+    if reference is model:
+        model.enable_adapters()
+    return logprobs
+
+
 def microbatches(lengths: Tensor, budget: int) -> list[Tensor]:
     """Split rows (n,) into index tensors of similar length, each padded to at most `budget` tokens, or a single row."""
     parts, order = [[]], lengths.argsort(stable=True).tolist()
@@ -1166,11 +1248,10 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
             width = int(batch.mask[picked].sum(1).max())
             tokens, mask, behavior = (x[picked, :width] for x in (batch.tokens, batch.mask, batch.behavior_logprobs))
             prompts = [batch.prompts[i] for i in picked.tolist()]
-            logprobs = token_logprobs(model, prompts, tokens, mask, cfg.temperature)                # (n, T)
             ref_logprobs = None
             if reference is not None:
-                with torch.no_grad():
-                    ref_logprobs = token_logprobs(reference, prompts, tokens, mask, cfg.temperature)
+                ref_logprobs = reference_logprobs(model, reference, prompts, tokens, mask, cfg.temperature)     # (n, T)
+            logprobs = token_logprobs(model, prompts, tokens, mask, cfg.temperature)                # (n, T)
             loss, means = policy_loss(
                 logprobs, behavior, coefficients[picked], mask, cfg.base, cfg.clip_low, cfg.clip_high, ref_logprobs,
                 cfg.kl_coef if reference is not None else 0.0, n_sequences, n_tokens, cfg.max_new_tokens)
@@ -1278,34 +1359,168 @@ def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
     return problems
 
 
-def load_model(path: str, device, trainable: bool = True):
-    """The causal language model at `path`, its dtype chosen here. Raises UserError where that is no such model.
-
-    fp32 weights: at a learning rate of 1e-6 most updates are too small for a bf16 weight to notice. No dropout: with it
-    the ratio would not be 1 before the first update.
-    """
+def load_config(path: str):
+    """The configuration of the model at `path`, without dropout: the ratio would not be 1 before the first update."""
     config = load_or_explain(path, "model", lambda: AutoConfig.from_pretrained(path))
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UserError(f"{path} has layers of the kind {', '.join(sorted(kinds))}: only attention can be sampled from")
+    return config
+
+
+def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainable: bool = True):
+    """The causal language model at `path`; with `lora`, frozen but for adapters of that rank, which are float32.
+
+    Raises UserError where that is no such model.
+    """
     model = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32))
-    model = model.to(device).requires_grad_(trainable).eval()
+        path, config=load_config(path), dtype=getattr(torch, dtype)))
+    model = model.to(device).requires_grad_(trainable and not lora).eval()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("shared_heads")
     if model.device.type == "cuda" and trainable:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(4, device=model.device)[None]                        # (1, 4)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if not torch.allclose(model.get_output_embeddings()(hidden), model(ids).logits, atol=1e-3, equal_nan=True):
             raise UserError(f"{path} changes its logits behind the output layer (a soft cap or a scale): not supported")
+    if lora:
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+        for weight in trained_weights(model).values():
+            weight.data = weight.data.float()
     return model
 
 
+def trained_weights(model) -> dict[str, Tensor]:
+    """What is trained, by name: all weights, or the adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory. What it takes to train 4B parameters on one GPU: bf16 weights there, what AdamW needs in host memory, and the
+# rest of the card for the key-value cache. All worked out from the model's shapes before anything is loaded.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MasterAdamW:
+    """AdamW on fp32 copies of the weights ("masters") on a device of their own; a tensor at a time goes there and back.
+
+    Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size.
+    """
+
+    def __init__(self, weights, device, **options):
+        self.weights, device = list(weights), torch.device(device)
+        self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
+        self.adam = torch.optim.AdamW(self.masters, fused=True, **options)
+        self.buffer = torch.empty(max(weight.numel() for weight in self.weights), dtype=self.weights[0].dtype,
+                                  device=device, pin_memory=device.type == "cpu" and self.weights[0].is_cuda)
+
+    @property
+    def param_groups(self):
+        return self.adam.param_groups
+
+    @torch.no_grad()
+    def step(self):
+        """One AdamW step of every weight that has a gradient."""
+        for weight, master in zip(self.weights, self.masters):
+            if weight.grad is not None:
+                on_the_way = self.buffer[:weight.numel()].view_as(weight)
+                master.grad = on_the_way.copy_(weight.grad).float()
+                self.adam.step()                                            # of this one: no other has a gradient
+                master.grad = None
+                weight.copy_(on_the_way.copy_(master))
+
+    def zero_grad(self, set_to_none=True):
+        for weight in self.weights:
+            weight.grad = None
+
+    def state_dict(self):
+        return {"masters": self.masters, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        self.adam.load_state_dict(state["adam"])
+        for weight, master, saved in zip(self.weights, self.masters, state["masters"]):
+            weight.copy_(master.copy_(saved))
+
+
 def make_optimizer(model, cfg: Config):
-    """The one place where the optimizer is chosen."""
-    return torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    """The one place where the optimizer is chosen: plain AdamW for fp32 weights that stay where they are."""
+    weights, options = list(trained_weights(model).values()), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    where = torch.device(cfg.optimizer_device or model.device)
+    if weights[0].dtype == torch.float32 and where.type == model.device.type:
+        return torch.optim.AdamW(weights, fused=True, **options)
+    return MasterAdamW(weights, where, **options)
+
+
+def free_memory(device) -> float:
+    """Bytes that can be had on a device now; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
+    """cfg with what it leaves open filled in for this model and device, and a table of the memory that the run takes.
+
+    `shapes` is the model on the meta device. These are estimates, and a sixteenth of the free memory is left alone.
+    Raises UserError for what cannot fit.
+    """
+    c, here, gpu = shapes.config.get_text_config(), device.type, device.type == "cuda"
+    free = {kind: free_memory(torch.device(kind)) * 15 / 16 for kind in {here, "cpu"}}
+    free["disk"] = shutil.disk_usage(out).free
+    dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
+    size, weights = getattr(torch, dtype).itemsize, sum(p.numel() for p in shapes.parameters())
+    trained, trained_size = weights, size
+    if cfg.lora:
+        linear = [m for name, m in shapes.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+        trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
+    there = torch.device(cfg.optimizer_device or device).type
+    if gpu and not cfg.optimizer_device and free[here] / 10 < trained * 12 < free["cpu"]:
+        there = "cpu"
+    adam = trained * (8 if trained_size == 4 and there == here else 12)     # two moments, and the weights in fp32
+
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    cached = 2 * c.num_hidden_layers * kv_heads * head_dim * size           # bytes of a token's keys and values
+    layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
+    kept = layer + c.num_hidden_layers * c.hidden_size * size if gpu else c.num_hidden_layers * layer   # for backward
+    N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
+    rows = [("always", here, f"weights: {weights / 1e9:.2f}B in {dtype}", weights * size),
+            ("always", here, "reference policy", weights * size if cfg.kl_coef and not cfg.lora else 0),
+            ("always", there, f"AdamW: {trained / 1e9:.2f}B trained", adam),
+            ("training", here, "gradients", trained * trained_size),
+            ("training", here, f"a micro-batch: {cfg.microbatch_tokens:,} tokens",
+             cfg.microbatch_tokens * kept + 4096 * c.vocab_size),
+            ("sampling", here, "probabilities of the next token", min(N, 1024) * c.vocab_size * 24)]
+
+    def needed(kind, phase):
+        return sum(n for when, on, _, n in rows if on == kind and when in ("always", phase))
+
+    room = int(max(0, free[here] - needed(here, "sampling")) / cached)
+    cache_tokens = cfg.cache_tokens or min(room, N * longest)
+    rows += [("sampling", here, f"key-value cache: {cache_tokens:,} tokens", cache_tokens * cached),
+             ("saving", "disk", "the model at the end", weights * size)]
+    if cfg.save_every:
+        rows.append(("saving", "disk", "checkpoints, the old and the new", 2 * (trained * trained_size + adam)))
+    for kind in dict.fromkeys((here, there, "disk")):
+        most = max(needed(kind, phase) for phase in ("training", "sampling", "saving"))
+        if most > free[kind]:
+            raise UserError(f"this run would take about {most / 2**30:.1f} GiB on {kind}, where "
+                            f"{free[kind] / 2**30:.1f} are free: --lora 16 takes far less; see also "
+                            "--optimizer-device, --microbatch-tokens, --cache-tokens and, for the disk, --save-every 0")
+    if cache_tokens < longest:
+        raise UserError(f"the cache has room for {cache_tokens:,} tokens, but a prompt and its completion may take "
+                        f"{longest:,}: give a larger --cache-tokens or a smaller --max-new-tokens")
+    table = [f"  {when:9} {what:52} {n / 2**30:8.2f} GiB on {on}" for when, on, what, n in rows if n]
+    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens,
+                   optimizer_device=there if there != here else str(device)), "\n".join(table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1364,8 +1579,8 @@ def build_demo(folder: Path, cfg: Config, warm: list[dict], device) -> None:
                                         clean_up_tokenization_spaces=False)
     torch.manual_seed(cfg.seed)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
+        vocab_size=len(vocabulary), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
         pad_token_id=0, eos_token_id=1)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     prompts = [tokenizer(row["problem"]).input_ids for row in warm]
@@ -1541,19 +1756,20 @@ def peak_memory_gb(device) -> float | None:
 
 
 def prepare(cfg: Config, out: Path, device, resumed: bool):
-    """The start model's path, its tokenizer, the training and the held-out problems; cheap checks before dear ones."""
+    """The start model's path, its tokenizer, the training and the held-out problems, and cfg with its blanks filled in;
+    cheap checks before dear ones."""
     if cfg.model:
         path = cfg.model
         with torch.device("meta"):                                          # shapes only
-            shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(path)))
-        size = sum(p.numel() for p in shapes.parameters())
-        if size > 1e9 and device.type == "cpu":
-            tqdm.write(f"warning: {size / 1e9:.1f}B parameters on a CPU: an iteration takes hours; use a GPU for this")
+            shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(load_config(path)))
+        cfg, table = plan_memory(shapes, cfg, device, out)
+        tqdm.write(f"memory, as far as it can be told beforehand:\n{table}")
+        if shapes.num_parameters() > 1e9 and device.type == "cpu":
+            tqdm.write("warning: over a billion parameters on a CPU: an iteration takes hours; use a GPU for this")
         train_rows = load_rows(cfg.dataset, "train")
         eval_rows = load_rows(cfg.eval_dataset, "test") if cfg.eval_every else None
     else:
-        path = str(out / "start")
+        path, cfg = str(out / "start"), replace(cfg, dtype=cfg.dtype or "float32")
         eval_rows, warm, train_rows = demo_rows(cfg.seed)
         if not resumed:
             tqdm.write("demo: building a tiny Qwen3 and teaching it worked additions until it is sometimes right")
@@ -1562,7 +1778,7 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
     tokenizer = load_or_explain(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
     problems = read_problems(train_rows, tokenizer, cfg, cfg.dataset)
     held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset) if cfg.eval_every else []
-    return path, tokenizer, problems, held_out[:cfg.eval_limit or None]
+    return path, tokenizer, problems, held_out[:cfg.eval_limit or None], cfg
 
 
 def train(cfg: Config) -> list[dict]:
@@ -1574,15 +1790,18 @@ def train(cfg: Config) -> list[dict]:
     validate(cfg)
     out, state = open_run(cfg)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path, tokenizer, problems, held_out = prepare(cfg, out, device, resumed=state is not None)
+    settings = asdict(cfg)                                                  # as they were given, blanks and all
+    path, tokenizer, problems, held_out, cfg = prepare(cfg, out, device, resumed=state is not None)
     if not state:
         clear_run(out)                                                      # now that all that is needed was found
-    model = load_model(path, device)
-    reference = load_model(path, device, trainable=False) if cfg.kl_coef else None
+    torch.manual_seed(cfg.seed)                                             # LoRA's adapters start at random
+    model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
+    if cfg.kl_coef:
+        reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     optimizer = make_optimizer(model, cfg)
     tracker, previous, past_xi, done = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip), None, [], 0
     if state:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)                 # what is trained
         optimizer.load_state_dict(state["optimizer"])
         tracker.load_state_dict(state["tracker"])
         previous, past_xi, done = state["previous"], state["past_xi"], state["step"]
@@ -1626,6 +1845,8 @@ def train(cfg: Config) -> list[dict]:
                                cfg.temperature, cfg.top_p, rng(device, cfg.seed, "sample", step), cfg.cache_tokens)
                 lap("sample")
                 rewards, failures = grade_all(batch, chosen)                # (Q, G)
+                flipped = torch.rand(rewards.shape, generator=rng("cpu", cfg.seed, "noise", step)) < cfg.reward_noise
+                rewards = torch.where(flipped.to(device), 1 - rewards, rewards)                     # (Q, G)
                 mu = rewards.mean(dtype=torch.float64).item()               # of every sample, before any is left out
                 batch.advantages = group_advantages(rewards, BASES[cfg.base].normalize_std)         # (Q, G)
                 lap("grade")
@@ -1642,7 +1863,8 @@ def train(cfg: Config) -> list[dict]:
                 lap("verification")
 
                 # --- exploration: the base algorithm's step on B_t, its ratio still against the policy that sampled it
-                exploration = update(model, optimizer, batch, batch.advantages, cfg, cfg.lr, reference)
+                for _ in range(cfg.epochs):
+                    exploration = update(model, optimizer, batch, batch.advantages, cfg, cfg.lr, reference)
                 lap("exploration")
             except FloatingPointError as error:
                 torch.save({"step": step, "problems": [tuple(p) for p in chosen], "batch": batch and vars(batch),
@@ -1678,14 +1900,15 @@ def train(cfg: Config) -> list[dict]:
             bar.set_postfix(reward=f"{mu:.2f}", **{name: f"{row[name]:+.2f}" for name in ("xi", "phi") if feedback})
             bar.update()
             stop = interrupted.is_set() and step < cfg.steps                # asked once: what follows hangs together
-            if step % cfg.save_every == 0 or step == cfg.steps or stop:
+            if cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                 with swapped_in(out / "checkpoint" / "state.pt") as file:
-                    torch.save({"config": asdict(cfg), "step": step, "model": model.state_dict(),
+                    torch.save({"config": settings, "step": step, "model": trained_weights(model),
                                 "optimizer": optimizer.state_dict(), "tracker": tracker.state_dict(),
                                 "previous": vars(previous), "past_xi": past_xi}, file)
             if stop:
                 bar.close()
-                raise KeyboardInterrupt(f"stopped after step {step}; --resume (without --overwrite) goes on from there")
+                how = "--resume (without --overwrite) goes on from there" if cfg.save_every else "nothing was saved"
+                raise KeyboardInterrupt(f"stopped after step {step}; {how}")
     bar.close()
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
