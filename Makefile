@@ -1,17 +1,35 @@
 # `make` lists the targets. Everything runs in .venv, which is made on first use and again when requirements.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
+TRL := trl==1.16.0
 .DEFAULT_GOAL := help
-.PHONY: help run test clean
+.PHONY: help run test test-trl bench experiment figures plot clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an earlier demo run is replaced)
 	$(BIN)/python pipo.py --overwrite $(ARGS)
 
-test: .venv/.installed ## the tests, on the CPU, without network
+test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
 	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
+
+test-trl: .venv/.trl ## the README's PIPOTrainer on TRL, in one process and in two
+	TARGET=test-trl $(BIN)/python -m pytest -q test_pipo.py -m trl $(ARGS)
+
+bench: .venv/.trl ## speed and memory against generate and TRL, on one core -> runs/bench.json (about 15 minutes)
+	TARGET=bench OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s test_pipo.py -m bench $(ARGS)
+
+experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ (under two hours; goes on where it stopped)
+	$(BIN)/python assets/experiment.py run $(ARGS)
+	$(BIN)/python assets/experiment.py table
+
+figures: .venv/.installed ## the README's figures and tables from the runs in assets/
+	$(BIN)/python assets/experiment.py table
+	$(BIN)/python assets/experiment.py figures
+
+plot: .venv/.installed ## curves of your own runs: make plot RUNS="runs/a runs/b"
+	$(BIN)/python assets/experiment.py plot $(RUNS)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv __pycache__ .pytest_cache
@@ -20,4 +38,8 @@ clean: ## remove .venv and caches; runs/ stays
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pipo needs Python 3.10 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+.venv/.trl: .venv/.installed
+	$(BIN)/pip install -q $(TRL)
 	@touch $@

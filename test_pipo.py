@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from decimal import getcontext
 from pathlib import Path
@@ -43,6 +44,16 @@ from pipo import (
 )
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread, and lose much beside another process
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # the marks stand here, not in a file
+
+
+def only_by(target):
+    """A mark for what takes long or needs another package: `make TARGET` runs it, the plain suite does not."""
+    skip = pytest.mark.skipif(os.environ.get("TARGET") != target, reason=f"make {target} runs it")
+    return lambda test: getattr(pytest.mark, target.removeprefix("test-"))(skip(test))
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -841,6 +852,8 @@ def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatc
             window = mus[t - 3 : t]
             assert math.isclose(row["xi"], (mus[t] - statistics.mean(window)) / statistics.stdev(window), rel_tol=1e-9)
             assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
+            assert (row["feedback"] == "zero") == (row["xi"] == 0)  # neither up nor down: no step
+        if row["coefficient"]:
             batch, coefficients, lr = calls[k]
             k += 1
             assert batch is previous and lr == 5e-4 and "pi_loss" in row
@@ -851,7 +864,7 @@ def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatc
         rewards = torch.tensor([coin(text, "")[0] for text in batch.texts])
         assert math.isclose(row["mu"], rewards.mean(), rel_tol=1e-6) and len(rewards) == 16
         previous = batch
-    assert k == len(calls)
+    assert k == len(calls) > len(rows) + 3
 
 
 @pytest.mark.parametrize("feedback", ["constant", "shuffled"])
@@ -1055,6 +1068,184 @@ def test_demo_problems_are_right_and_disjoint():
         a, b = map(int, row["problem"].rstrip("?").split("+"))
         assert int(row["answer"]) == a + b and pipo.verify(row["worked"], row["answer"]) == 1.0
     assert pipo.demo_rows(0)[0] != pipo.demo_rows(1)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory: what makes it fast or small must not change what is computed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", ["little room", "out of memory"])
+def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkeypatch, trouble):
+    """Guards against a token lost, drawn twice or put in the wrong place when a wave is cut short.
+
+    Chance cannot pass it: greedy completions of several lengths, most of which are interrupted at least once.
+    """
+    whole = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0)
+    plain, sizes, room = model.forward, [], 200 if trouble == "little room" else None
+
+    def forward(ids, **options):
+        sizes.append(len(ids))
+        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[1] > 200:
+            raise torch.OutOfMemoryError
+        return plain(ids, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    cut = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=room, prefill_tokens=30)
+    assert torch.equal(whole.tokens, cut.tokens) and torch.equal(whole.mask, cut.mask)
+    assert (whole.behavior_logprobs - cut.behavior_logprobs).abs().max() < 1e-5
+    assert max(sizes[len(sizes) // 2 :]) < 16  # no wave held all rows to the end
+    monkeypatch.setattr(model, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):  # where not even one row fits, there is no going on
+        sample(model, tokenizer, PROMPTS, 4, 24)
+
+
+def test_the_cache_writes_in_place_and_drops_rows(model):
+    """Against transformers' own cache, token by token, with a row dropped and the others put in another order."""
+    ids = torch.randint(2, 28, (3, 9), generator=torch.Generator().manual_seed(0))
+    ours, theirs = pipo.DynamicCache(), pipo.DynamicCache()
+    for cache in (ours, theirs):
+        model(ids[:, :4], past_key_values=cache, use_cache=True)
+    rows = torch.tensor([2, 0])
+    theirs.batch_select_indices(rows)
+    ours = pipo.Cache([pipo.RoomyLayer([layer], rows, 5) for layer in ours.layers])
+    storage = ours.layers[0].all_keys.data_ptr()
+    for t in range(4, 9):
+        logits = [model(ids[rows, t : t + 1], past_key_values=cache, use_cache=True).logits for cache in (ours, theirs)]
+        assert torch.allclose(*logits, atol=1e-5)
+    assert ours.get_seq_length() == 9 and ours.layers[0].all_keys.data_ptr() == storage
+
+
+def test_masters_of_float32_weights_are_plain_adamw():
+    """The slow obvious version is torch's: same steps, same moments, to the last bit, also after saving and loading."""
+    torch.manual_seed(0)
+    models_ = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in range(2)]
+    models_[1].load_state_dict(models_[0].state_dict())
+    plain = torch.optim.AdamW(models_[0].parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    masters = pipo.MasterAdamW(models_[1].parameters(), "cpu", lr=1e-2, weight_decay=0.1)
+    for step in range(6):
+        x = torch.randn(4, 5)
+        for model_, optimizer in zip(models_, (plain, masters)):
+            model_(x).square().sum().backward()
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(weights(models_[0]), weights(models_[1]))
+        if step == 2:
+            state = copy.deepcopy(masters.state_dict())
+            masters = pipo.MasterAdamW(models_[1].parameters(), "cpu", lr=1.0, weight_decay=0.1)
+            masters.load_state_dict(state)
+
+
+def test_small_updates_of_bf16_weights_are_not_lost():
+    """At lr 1e-6 a bf16 weight of 1 never moves by itself (its neighbours are 0.004 away); its fp32 master does."""
+    moved = {}
+    for name in ("bf16 alone", "with masters"):
+        weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        options = dict(lr=1e-6, weight_decay=0.0)
+        optimizer = (
+            torch.optim.AdamW([weight], **options)
+            if name == "bf16 alone"
+            else pipo.MasterAdamW([weight], "cpu", **options)
+        )
+        for _ in range(4000):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[name] = (1 - weight.detach().float().mean()).item()
+    assert moved["bf16 alone"] == 0.0 and moved["with masters"] == pytest.approx(0.004, rel=0.05)
+
+
+@pytest.mark.parametrize("changes", [dict(dtype="bfloat16"), dict(lora=4, kl_coef=0.01)], ids=["bf16", "lora"])
+def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded_by_coin, changes):
+    """bf16 weights with masters, and LoRA: a resumed run equals an unbroken one, and what is saved can be loaded.
+
+    Guards against masters rebuilt from the rounded weights, and against adapters left out of the checkpoint.
+    """
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    whole = pipo.train(settings(folder, tmp_path / "whole", **changes))
+    pipo.train(settings(folder, tmp_path / "broken", steps=4, **changes))
+    resumed = pipo.train(settings(folder, tmp_path / "broken", resume=True, **changes))
+    assert without_times(whole) == without_times(resumed) and any("pi_loss" in row for row in whole)
+    models_ = [weights(tmp_path / run / "model") for run in ("whole", "broken")]
+    assert torch.equal(*models_) and not torch.equal(models_[0], weights(folder / "model"))
+    if "lora" in changes:
+        assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6  # adapters off: the start
+        assert not (tmp_path / "whole" / "model" / "model.safetensors").exists()  # the adapters alone
+    assert whole[0]["logprob_gap"] < (0.05 if "dtype" in changes else 1e-4)
+
+
+def qwen3_4b():
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=151936,
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                tie_word_embeddings=True,
+            )
+        )
+
+
+def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
+    """The arithmetic for 4B: 8.0 GB of bf16 weights, 48 GB of masters and moments, 144 KiB of cache a token.
+
+    They go to the host where that leaves the card to the cache; what cannot fit is refused before anything is loaded.
+    """
+    shapes, cuda = qwen3_4b(), torch.device("cuda")
+    monkeypatch.setattr(pipo.shutil, "disk_usage", lambda _: type("disk", (), {"free": 1e12}))
+
+    def plan(gpu, host, **changes):
+        monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": gpu, "cpu": host}[device.type] * 1e9)
+        return pipo.plan_memory(shapes, Config(model="4b", **changes), cuda, tmp_path)
+
+    cfg, table = plan(80, 128)
+    assert cfg.dtype == "bfloat16" and cfg.optimizer_device == "cpu" and 400_000 < cfg.cache_tokens < 470_000
+    assert "7.49 GiB on cuda" in table and "44.95 GiB on cpu" in table and len(table.splitlines()) == 8
+    assert 200_000 < plan(48, 128)[0].cache_tokens < 250_000
+    assert plan(80, 128, cache_tokens=50_000)[0].cache_tokens == 50_000
+    on_the_card = plan(80, 128, optimizer_device="cuda")[0]
+    assert on_the_card.optimizer_device == "cuda" and on_the_card.cache_tokens < 130_000
+    assert plan(140, 40)[0].optimizer_device == "cuda"  # no room in the host
+    for gpu, host, changes, sentence in [
+        (16, 128, {}, "GiB on cuda, where 14.0 are free"),
+        (80, 30, dict(optimizer_device="cpu"), "GiB on cpu, where 26.2 are free"),
+        (24, 128, dict(kl_coef=0.1), "GiB on cuda"),  # a reference policy is 8 GB more
+        (80, 128, dict(cache_tokens=1000), "the cache has room for 1,000 tokens"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            plan(gpu, host, **changes)
+    pytest.importorskip("peft")
+    assert plan(24, 32, lora=16)[0].cache_tokens > 40_000  # a 24 GB card trains adapters
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_greedy_sampling_on_a_gpu_equals_generate(tokenizer):
+    """Other attention kernels, the same tokens (fp32, so that rounding does not decide between near equals)."""
+    model, plain = tiny_model().cuda(), tiny_model().cuda()
+    model.set_attn_implementation("shared_heads")
+    ours = sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60)
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([prompt], device="cuda")
+        reference = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[0]
+        assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference[len(prompt) :].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("optimizer_device", ["cpu", "cuda"])
+def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, optimizer_device):
+    """bf16 weights on the card, masters here or there: the behavior policy is the trained one, and resuming works."""
+    changes = dict(device="cuda", optimizer_device=optimizer_device)
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=4, **changes))
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=6, resume=True, **changes))
+    assert len(rows) == 6 and all(row["logprob_gap"] < 0.05 for row in rows) and rows[-1]["memory_gb"] < 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1271,3 +1462,461 @@ def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
     for line in commands:
         if "--help" not in line:
             pipo.validate(pipo.parse(line.split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PIPO on top of TRL: the very block of the README, on a tiny model, in one process and in two
+# ---------------------------------------------------------------------------------------------------------------------
+
+README = HERE / "README.md"
+
+TRL_RUNS = """
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from pipo_trl import PIPOTrainer
+
+
+def coin(completions, **_):
+    return [float(zlib.crc32(completion.encode()) % 3 == 0) for completion in completions]
+
+
+def trainer_of(kind, folder, out, trainer=PIPOTrainer, **changes):
+    given = dict(output_dir=str(out), max_steps=6, per_device_train_batch_size=3, gradient_accumulation_steps=2,
+                 num_generations=4, max_completion_length=8, learning_rate=1e-2, lr_scheduler_type="constant",
+                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
+                 gradient_checkpointing=False)
+    extra = {"plain": {}, "off": {"feedback": False}, "on": {"window": 2}}[kind]
+    return (GRPOTrainer if kind == "plain" else trainer)(
+        model=AutoModelForCausalLM.from_pretrained(Path(folder) / "model"), reward_funcs=coin,
+        processing_class=AutoTokenizer.from_pretrained(Path(folder) / "model"), args=GRPOConfig(**{**given, **changes}),
+        train_dataset=Dataset.from_list([{"prompt": "abcdefghijklmnopqrst"[i:i + 2 + i % 4]} for i in range(17)]),
+        **extra)
+
+
+def result(trainer):
+    trainer.train()
+    return {"rows": [{name: value for name, value in row.items() if "time" not in name and "second" not in name}
+                     for row in trainer.state.log_history],
+            "weights": torch.cat([p.detach().flatten() for p in trainer.model.parameters()])}
+
+
+def texts(trainer, batches):
+    decode = trainer.processing_class.decode
+    return [[decode(row, skip_special_tokens=True) for batch in batches for row in batch[name]]
+            for name in ("prompt_ids", "completion_ids")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, out = sys.argv[1:]
+    for kind in ("plain", "off", "on"):
+        trainer = trainer_of(kind, folder, out)
+        ran, last = result(trainer), trainer._buffered_inputs
+        if kind == "on":
+            attribution = [a for batch in last for a in batch["attribution"].tolist()]
+            ran["last"] = list(zip(*texts(trainer, last), attribution))
+        torch.save(ran, f"{out}/{kind}{trainer.accelerator.process_index}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def trl_runs(tmp_path_factory):
+    """The README's block as pipo_trl.py, and a script around it, in a folder; returns the script as a module."""
+    pytest.importorskip("trl")
+    where = tmp_path_factory.mktemp("trl")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "(GRPOTrainer)" in b)
+    (where / "pipo_trl.py").write_text(block)
+    (where / "trl_runs.py").write_text(TRL_RUNS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(where)
+        import trl_runs
+
+        yield trl_runs
+
+
+def check_xi_by_hand(rows):
+    """The logged xi and phi are the tracker's on the logged mean rewards: read before the push, one push a batch."""
+    tracker = ImprovementTracker(2)
+    for row in rows:
+        feedback = tracker.feedback(row["pipo/mu"])
+        assert math.isclose(row["pipo/mu"], row["reward"], rel_tol=1e-6)
+        for name, value in (feedback._asdict() if feedback else {"xi": None}).items():
+            assert row.get(f"pipo/{name}") == value
+        tracker.push(row["pipo/mu"])
+    return sum("pi/grad_norm" in row for row in rows)
+
+
+def attribution_by_hand(prompts, texts, grade, phi):
+    """The improvement rewards of shuffled rows, from their texts: the rows of a prompt are its group of 4."""
+    order, coefficients = sorted(range(len(prompts)), key=lambda i: prompts[i]), torch.empty(len(prompts))
+    rewards = torch.tensor(grade([texts[i] for i in order])).view(-1, 4)
+    coefficients[order] = improvement_rewards(group_advantages(rewards), phi).flatten()
+    return coefficients
+
+
+@only_by("test-trl")
+def test_trl_without_feedback_is_grpo_and_with_it_looks_back(trl_runs, folder, tmp_path):
+    """Guards against a subclass that changes GRPO's own numbers, and against a verification step that is never taken.
+
+    Accelerate's optimizer silently ignores step() while the trainer accumulates gradients: the weights must move.
+    """
+    plain, off, on = (
+        trl_runs.result(trl_runs.trainer_of(kind, folder, tmp_path, per_device_train_batch_size=6))
+        for kind in ("plain", "off", "on")
+    )
+    assert plain["rows"] == off["rows"] and torch.equal(plain["weights"], off["weights"])
+    assert check_xi_by_hand(on["rows"][:-1]) >= 1 and not torch.equal(plain["weights"], on["weights"])
+
+
+@only_by("test-trl")
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_gradients_of_both_trl_steps_by_hand(trl_runs, folder, tmp_path, minibatches):
+    """Against policy_loss on the same rows, the rewards, groups and old log-probabilities all worked out anew.
+
+    Guards against a replay whose ratio is 1 (TRL keeps no log-probabilities where batch and policy agree), groups lost
+    in TRL's shuffle, a KL in the verification step or none in the exploration step, an exploration ratio against the
+    policy after the verification step, and a step that moves nothing.
+    """
+    phis, samplers, steps = [], [], []
+
+    class Watched(trl_runs.PIPOTrainer):
+        def weights(self):
+            return copy.deepcopy(self.model.state_dict())
+
+        def _generate_and_score_completions(self, rows):
+            samplers.append(self.weights())
+            return super()._generate_and_score_completions(rows)
+
+        def verification_step(self, previous, phi):
+            phis.append((len(steps), phi, previous))
+            super().verification_step(previous, phi)
+
+        def _clip_grad_norm(self, model):
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            steps.append((gradient, self.weights(), samplers[-2:], self._buffered_inputs))
+            return super()._clip_grad_norm(model)
+
+    trainer = trl_runs.trainer_of(
+        "on",
+        folder,
+        tmp_path,
+        Watched,
+        loss_type="grpo",
+        per_device_train_batch_size=4,
+        steps_per_generation=2 * minibatches,
+        temperature=0.7,
+        beta=0.05,
+        use_bias_correction_kl=False,  # the KL of policy_loss, not times the ratio
+        max_steps=6 * minibatches,
+    )
+    trainer.train()
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
+    assert any(phi > 0 for _, phi, _ in phis) and len(steps) == (6 + len(phis)) * minibatches
+
+    def logprobs(model, weights, prompts, tokens, mask):
+        model.load_state_dict(weights)
+        return token_logprobs(model, prompts, tokens, mask, 0.7)
+
+    def check(step, sampler, batches, coefficients, kl_coef):
+        """The recorded gradient of `step` is that of policy_loss on these micro-batches; returns the mean log-ratio."""
+        ids, seen, tokens, mask = (
+            torch.cat([b[name] for b in batches])
+            for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        )
+        prompts, mask = [row[row_seen == 1].tolist() for row, row_seen in zip(ids, seen)], mask.float()
+        with torch.no_grad():
+            behavior = logprobs(model, sampler, prompts, tokens, mask)
+            ref_logprobs = token_logprobs(reference, prompts, tokens, mask, 0.7)
+        gradient, weights, *_ = step
+        fresh = logprobs(model, weights, prompts, tokens, mask)
+        loss, means = policy_loss(
+            fresh, behavior, coefficients, mask, "grpo", ref_logprobs=ref_logprobs, kl_coef=kl_coef
+        )
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        assert torch.allclose(gradient, expected, atol=1e-5 * expected.abs().max()) and expected.abs().max() > 1e-3
+        return means["logprob_gap"]
+
+    for at, phi, previous in phis:
+        coefficients = attribution_by_hand(*trl_runs.texts(trainer, previous), trl_runs.coin, phi)
+        for k in range(minibatches):
+            verification, exploration = steps[at + k], steps[at + minibatches + k]
+            (before, sampler), fresh = exploration[2:]
+            own = slice(2 * k, 2 * k + 2)
+            assert check(verification, before, previous[own], coefficients[8 * k : 8 * k + 8], 0.0) > 0.01
+            advantages = torch.cat([b["advantages"] for b in fresh[own]])
+            assert check(exploration, sampler, fresh[own], advantages, 0.05) > 0.001
+
+
+@only_by("test-trl")
+def test_trl_ranks_agree(trl_runs, folder, tmp_path):
+    """Two processes, a group across both: guards against a xi of each rank's own rewards, which ends in a deadlock.
+
+    Also against gradients that DDP does not average while the trainer accumulates (the ranks' weights would part), and
+    against attribution of another rank's rows. (--multi_gpu: accelerate's --cpu starts one process; the runs themselves
+    ask for the CPU.)
+    """
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, trl_runs.__file__, folder, tmp_path],
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{Path(trl_runs.__file__).parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    plain, off, on = ([torch.load(tmp_path / f"{kind}{rank}.pt") for rank in (0, 1)] for kind in ("plain", "off", "on"))
+    for first, second in (plain, off, on):
+        assert torch.equal(first["weights"], second["weights"])
+    assert plain[0]["rows"] == off[0]["rows"] and torch.equal(plain[0]["weights"], off[0]["weights"])
+    for one, other in zip(on[0]["rows"], on[1]["rows"], strict=True):
+        assert all(one[name] == other[name] for name in one if name.startswith("pipo/"))
+    assert check_xi_by_hand(on[0]["rows"][:-1]) == check_xi_by_hand(on[1]["rows"][:-1]) >= 1
+    assert not torch.equal(plain[0]["weights"], on[0]["weights"])
+    prompts, texts, attribution = zip(*on[0]["last"], *on[1]["last"])
+    assert torch.allclose(torch.tensor(attribution), attribution_by_hand(prompts, texts, trl_runs.coin, 1.0))
+    assert set(prompts[:6]) & set(prompts[6:]) and any(attribution[:6]) and any(attribution[6:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory against transformers' generate and TRL: `make bench`. Needs TRL, is not part of `make test`, and no
+# speed is a failure. Both sides run in this process, on one thread, in fp32, from the same weights, with the same
+# prompts, rewards and learning rate; they take turns, the first is warm-up, and medians are compared. What changes
+# memory only is set to suit each side: TRL's micro-batch is its fastest, and PIPO's cache has room for all rows.
+# ---------------------------------------------------------------------------------------------------------------------
+
+BENCH = {"short": (32, 9), "long": (256, 3)}  # longest completion, counted turns
+Q, G = 32, 8
+CPU_CLOCK = time.process_time  # on one thread the wall clock of an idle machine; neighbours on a busy one do not count
+
+
+def bench_config(limit, vocabulary=512, **sizes):
+    """A model of the demo's size that, at random and so near uniform, draws an EOS as likely at every token.
+
+    It takes many EOS ids: completions then average 0.37 to 0.4 of `limit`, which cuts a tenth of them off.
+    """
+    demo = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, head_dim=32)
+    eos = list(range(1, 1 + round(2.3 * vocabulary / limit)))
+    demo.update(num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0)
+    return Qwen3Config(vocab_size=vocabulary, eos_token_id=eos, **{**demo, **sizes})
+
+
+def bench_folder(folder, limit):
+    """The model and a tokenizer with a character for each id, so that TRL's text prompts come back as the same ids."""
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(bench_config(limit)).save_pretrained(folder)
+    characters = {"<pad>": 0, "<eos>": 1, **{chr(0x4E00 + i): i for i in range(2, 512)}}
+    tokenizer = Tokenizer(models.BPE(characters, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return str(folder)
+
+
+def bench_prompts():
+    """Q prompts of 5 to 20 tokens, none of them an EOS."""
+    draw = random.Random(0)
+    return [[draw.randrange(100, 512) for _ in range(draw.randint(5, 20))] for _ in range(Q)]
+
+
+def bench_rewards(kind):
+    """(Q, G) by position, not by text. alive: every group mixed; typical: 13 of 32 groups have equal rewards."""
+    rewards = (torch.arange(Q * G) % G % 3 == 0).float().view(Q, G)
+    if kind == "typical":
+        rewards[1::5], rewards[3::5] = 0.0, 1.0
+    return rewards
+
+
+def generate(model, prompts, group_size, limit, **options):
+    """transformers' generate on padded prompts, as TRL calls it: tokens (N, T), 0 behind the EOS."""
+    rows, width = [p for p in prompts for _ in range(group_size)], max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in rows], device=model.device)
+    return model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=limit, **options)[:, width:]
+
+
+def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock):
+    """Median seconds and mean completion length of pipo.sample and of generate."""
+    seconds, lengths, eos = ([], []), ([], []), torch.tensor(theirs.generation_config.eos_token_id)
+    for turn in range(turns + 1):
+        torch.manual_seed(turn)
+        times = [clock()]
+        batch = sample(ours, tokenizer, prompts, G, limit, 1.0, 1.0, pipo.rng(ours.device, turn), 10**6)
+        lengths[0].append(batch.mask.sum(1).mean().item())  # .item() and .cpu() also wait for a GPU
+        times.append(clock())
+        tokens = generate(theirs, prompts, G, limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0).cpu()
+        times.append(clock())
+        ended = torch.isin(tokens, eos)
+        lengths[1].append(torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).float().mean().item())
+        for side in (0, 1):
+            seconds[side].append(times[side + 1] - times[side])
+    return [statistics.median(x[1:]) for x in seconds], [statistics.mean(x[1:]) for x in lengths]
+
+
+class TimedPIPO:
+    """PIPO's iterations with a clock on each phase. A GRPO iteration is the same without the verification.
+
+    Rewards are made up on both sides, so that neither has grading in it: it takes milliseconds.
+    """
+
+    def __init__(self, path, limit, rewards):
+        self.cfg = Config(prompts_per_step=Q, group_size=G, max_new_tokens=limit, temperature=1.0, lr=1e-6,
+                          cache_tokens=10**6, microbatch_tokens=2048)
+        self.model = pipo.load_model(path, torch.device("cpu"))
+        self.tokenizer, self.prompts, self.rewards = AutoTokenizer.from_pretrained(path), bench_prompts(), rewards
+        self.optimizer = pipo.make_optimizer(self.model, self.cfg)
+        self.previous, self.seconds, self.lengths = None, [], []
+
+    def step(self):
+        """One iteration: sample, verify on the batch before (there is none in the first, the warm-up), explore."""
+        times, cfg, generator = [CPU_CLOCK()], self.cfg, pipo.rng("cpu", len(self.seconds))
+        batch = sample(self.model, self.tokenizer, self.prompts, G, cfg.max_new_tokens, 1.0, 1.0, generator,
+                       cfg.cache_tokens)
+        batch.advantages = group_advantages(self.rewards)
+        times.append(CPU_CLOCK())
+        if self.previous is not None:
+            again = improvement_rewards(self.previous.advantages, 0.5)
+            pipo.update(self.model, self.optimizer, self.previous, again, cfg, cfg.lr)
+        times.append(CPU_CLOCK())
+        pipo.update(self.model, self.optimizer, batch, batch.advantages, cfg, cfg.lr)
+        times.append(CPU_CLOCK())
+        self.previous = batch
+        self.seconds.append([b - a for a, b in zip(times, times[1:])])
+        self.lengths.append(batch.mask.sum(1).mean().item())
+
+    def median(self, *phases):
+        """Median seconds of these phases together: 0 sampling, 1 verification, 2 exploration."""
+        return statistics.median(sum(row[i] for i in phases) for row in self.seconds[1:])
+
+
+def bench_trl(path, limit, rewards, steps_each, turns, out):
+    """TRL's GRPO with `steps_each` optimizer steps a generation, in turns with PIPO.
+
+    Returns its median seconds from generation to the last step, its mean completion length, and our side.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    ours, seconds, lengths = TimedPIPO(path, limit, rewards), [], []
+    texts = [ours.tokenizer.decode(prompt) for prompt in ours.prompts]
+    assert ours.tokenizer(texts).input_ids == ours.prompts
+
+    def reward(completion_ids, **_):
+        lengths.append(statistics.mean(map(len, completion_ids)))
+        return rewards.flatten().tolist()
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.start = CPU_CLOCK()
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % steps_each == 0:
+                seconds.append(CPU_CLOCK() - self.start)
+                ours.step()
+                self.start = CPU_CLOCK()
+
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), reward_funcs=reward,
+        processing_class=ours.tokenizer, callbacks=[Turns()],
+        train_dataset=pipo.datasets.Dataset.from_dict({"prompt": texts * (turns + 1)}),
+        args=GRPOConfig(
+            output_dir=str(out), max_steps=steps_each * (turns + 1), num_iterations=steps_each, num_generations=G,
+            per_device_train_batch_size=32, gradient_accumulation_steps=Q * G // 32, max_completion_length=limit,
+            temperature=1.0, loss_type="grpo", beta=0.0, learning_rate=1e-6, lr_scheduler_type="constant",
+            weight_decay=ours.cfg.weight_decay, shuffle_dataset=False, gradient_checkpointing=False, bf16=False,
+            use_cpu=True, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert len(seconds) == len(ours.seconds) == turns + 1
+    return statistics.median(seconds[1:]), statistics.mean(lengths[1:]), ours
+
+
+# In a process of its own, because the peak of a process never falls. H is small, so that the logits dominate.
+LOGPROB_MEMORY = """
+import sys, torch, pipo
+from transformers import Qwen3Config, Qwen3ForCausalLM
+torch.set_num_threads(1)
+model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=1, head_dim=32))
+tokens = torch.randint(2, 151936, (8, 256))                                 # 2,048 tokens: logits of 1.2 GB
+before = pipo.peak_memory_gb(model.device)
+if sys.argv[1] == "chunked":
+    logprobs = pipo.token_logprobs(model, [[7]] * 8, tokens, torch.ones(8, 256))
+else:
+    ids = torch.cat([torch.full((8, 1), 7), tokens[:, :-1]], 1)
+    logprobs = model(ids, use_cache=False).logits.log_softmax(-1).gather(-1, tokens[..., None])
+logprobs.mean().backward()
+print(pipo.peak_memory_gb(model.device) - before)
+"""
+
+
+def logprob_memory(kind):
+    """GB that the log-probabilities of 2,048 tokens and their gradient take at Qwen3's vocabulary."""
+    command = [sys.executable, "-c", LOGPROB_MEMORY, kind]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=Path(pipo.__file__).parent).stdout)
+
+
+def bench_cuda(show):
+    """Tokens a second from a random Qwen3-4B in bf16, 64 and 256 completions at a time, against generate."""
+    config = bench_config(512, 151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                          num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    with torch.device("cuda"):
+        theirs = Qwen3ForCausalLM(config).bfloat16().eval()
+    ours = copy.deepcopy(theirs)
+    ours.set_attn_implementation("shared_heads")
+    for n in (64, 256):
+        prompts = [[1000 + i] * 128 for i in range(n // G)]
+        seconds, lengths = bench_sampling(ours, theirs, letter_tokenizer(), prompts, 512, 3, time.perf_counter)
+        rates = [n * length / s for length, s in zip(lengths, seconds)]
+        show(f"tokens/s, 4B on the GPU, {n} rows", *rates, f"cuda_tokens_{n}", rates[0] / rates[1], lengths)
+
+
+@only_by("bench")
+def test_bench(tmp_path):
+    """Prints a table, writes runs/bench.json. Ratios are theirs over ours: above 1 PIPO is faster or smaller."""
+    torch.set_num_threads(1)
+    pipo.transformers_logging.disable_progress_bar()
+    ratios = {}
+
+    def show(what, ours, theirs, key, ratio, lengths=()):
+        ratios[key] = ratio
+        print(f"{what:46}{ours:9.3f}{theirs:9.3f}{ratio:8.2f}   {'  '.join(f'{x:.1f}' for x in lengths)}", flush=True)
+
+    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
+    greedy = sample(tiny_model(), letter_tokenizer(), prompts, 1, 24, temperature=0)
+    assert greedy.tokens.tolist() == generate(tiny_model(), prompts, 1, 24, do_sample=False).tolist()
+    assert greedy.mask.sum(1).unique().numel() > 3
+
+    print(f"\n{'seconds (or GB)':46}{'ours':>9}{'theirs':>9}{'ratio':>8}   mean lengths")
+    plain, chunked = map(logprob_memory, ("plain", "chunked"))
+    show("GB for log-probabilities, against all at once", chunked, plain, "logprob_memory_ratio", plain / chunked)
+    for size, (limit, turns) in BENCH.items():
+        path, looks_back = bench_folder(tmp_path / size, limit), []
+        ours = pipo.load_model(path, torch.device("cpu"))
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        seconds, lengths = bench_sampling(
+            ours, theirs, AutoTokenizer.from_pretrained(path), bench_prompts(), limit, turns, CPU_CLOCK)
+        show(f"sampling, {size}", *seconds, f"sampling_{size}", seconds[1] / seconds[0], lengths)
+        for kind in ("alive", "typical"):
+            for k, word in ((1, "one"), (2, "two")):
+                trl, length, ours = bench_trl(path, limit, bench_rewards(kind), k, turns, tmp_path / "trl")
+                rows, lengths = [(f"PIPO against {word} of TRL's steps", f"pipo_vs_{word}", ours.median(0, 1, 2))], (
+                    statistics.mean(ours.lengths[1:]), length)
+                if k == 1:
+                    rows.insert(0, ("GRPO against GRPO", "grpo", ours.median(0, 2)))
+                for what, key, mine in rows:
+                    show(f"{what}, {size}, {kind}", mine, trl, f"{key}_{size}_{kind}", trl / mine, lengths)
+                if kind == "alive":  # both on the same batch, which is explored first and verified an iteration later
+                    looks_back += [after[1] / row[2] for row, after in zip(ours.seconds[1:], ours.seconds[2:])]
+                    both = ours.median(1), ours.median(2)
+        ratio = statistics.median(looks_back)
+        show(f"verification and exploration, both ours, {size}", *both, f"verify_over_explore_{size}", ratio)
+    if torch.cuda.is_available():
+        bench_cuda(show)
+    (HERE / "runs").mkdir(exist_ok=True)
+    (HERE / "runs" / "bench.json").write_text(json.dumps(ratios, indent=2) + "\n")
