@@ -15,6 +15,10 @@ of step t, A_i the GRPO advantage of its sample i, K the length of the window, l
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
+mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. There is no verification step
+while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and where no group
+of B_{t-1} is mixed. In names of settings and metrics it is `pi_`, for policy improvement.
+
     python pipo.py                          # offline demo: a 0.8M-parameter model learns to add, minutes on a laptop
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
     python pipo.py --help                   # every setting, with its meaning
@@ -24,6 +28,7 @@ rate schedules, dropout.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -96,11 +101,11 @@ class Config:
     eval_dataset: str = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms", demo="")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "put behind a problem without \\boxed in it, not behind ready messages", demo="")
-    warm_start: float = option(0.25, "the demo's supervised phase ends once it solves this share of fresh problems")
+    warm_start: float = option(0.25, "demo only: its supervised phase ends once it solves this share of fresh problems")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted")
     # sampling
-    steps: int = option(261, "iterations", demo=60)
+    steps: int = option(261, "iterations", demo=120)
     prompts_per_step: int = option(128, "Q, prompts an iteration", demo=32)
     group_size: int = option(8, "G, samples a prompt")
     max_new_tokens: int = option(4096, "longest completion", demo=48)
@@ -111,14 +116,16 @@ class Config:
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)")
     clip_high: float = option(None, "upper clip of the ratio (default: the base's own)")
-    kl_coef: float = option(0.0, "weight of the KL to the starting model; above 0 it is kept in memory as a reference")
+    kl_coef: float = option(0.0, "weight of the KL to the starting model, in the exploration step only; above 0 that "
+                            "model is kept in memory (with --lora it need not be)")
     # the feedback (verification step)
     feedback: str = option("pipo", "what scales the verification step: phi(xi), no such step, --constant, or the "
                            "phi of an earlier xi drawn at random", choices=("pipo", "none", "constant", "shuffled"))
     window: int = option(8, "K, past mean rewards that the present one is held against")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)")
-    constant: float = option(0.43, "coefficient of --feedback constant; 0.43: phi's mean on noise at K 8, lambda 0.1")
+    constant: float = option(0.43, "coefficient of --feedback constant, once the window is full; 0.43: phi's mean on "
+                             "noise at K 8, lambda 0.1")
     reward_noise: float = option(0.0, "share of training rewards flipped at random, to study noisy feedback")
     # the optimizer
     lr: float = option(1e-6, "learning rate", demo=1e-4)
@@ -129,11 +136,14 @@ class Config:
     epochs: int = option(1, "passes over a batch in the exploration step")
     microbatch_tokens: int = option(8192, "padded tokens in one backward pass; changes memory, not results", demo=2048)
     # precision and memory
-    dtype: str = option("", "of the weights that sample and are differentiated; AdamW always steps in float32 "
-                        "(default: bfloat16 on a GPU, else float32)", choices=("", "float32", "bfloat16"))
-    optimizer_device: str = option("", "where AdamW's float32 weights and moments stand (default: in host memory where "
-                                   "they would take over a tenth of the GPU's)")
-    lora: int = option(0, "rank of LoRA adapters that are trained instead of the weights (needs peft); 0: all weights")
+    dtype: str = option("", "of the weights that sample and are differentiated; gradients are summed, and AdamW steps, "
+                        "in float32 (default: bfloat16 on a GPU, float32 on a CPU and in the demo)",
+                        choices=("", "float32", "bfloat16"))
+    optimizer_device: str = option("", "where AdamW's float32 weights and moments are kept and stepped (default: in "
+                                   "host memory, if they would take over a tenth of the GPU's and fit there)",
+                                   choices=("", "cpu", "cuda"))
+    lora: int = option(0, "rank of LoRA adapters that are trained instead of the weights, 0 for all weights (needs "
+                       "peft, and a higher --lr)")
     # the run
     seed: int = option(0, "the same seed gives the same run on the same machine (on a CPU, to the last bit)")
     device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
@@ -146,7 +156,7 @@ class Config:
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", demo=20)
 
 
-# Config(**DEMO) is what `python pipo.py` runs.
+# Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
 DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
 
 
@@ -180,11 +190,19 @@ def validate(cfg: Config) -> None:
     for ok, name, reason in rules:
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r}: {reason}")
-    for name in ("device", "optimizer_device"):
-        try:
-            torch.empty(0, device=getattr(cfg, name) or "cpu")
-        except (RuntimeError, AssertionError) as error:                     # an unknown name, or no such device here
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r}: {first_line(error)}")
+    try:
+        torch.empty(0, device=cfg.device or "cpu")
+    except (RuntimeError, AssertionError) as error:                         # an unknown name, or no such device here
+        raise UserError(f"--device is {cfg.device!r}: {first_line(error)}")
+    device = pick_device(cfg)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {cfg.device!r}: it must be cpu or a CUDA device")
+    if cfg.optimizer_device not in ("", "cpu", device.type):
+        raise UserError(f"--optimizer-device is {cfg.optimizer_device!r}: the run is on {device}")
+
+
+def pick_device(cfg: Config) -> torch.device:
+    return torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def rng(device, *key) -> torch.Generator:
@@ -836,9 +854,9 @@ def verify(completion: str, answer: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling. Each prompt is read once and its cache copied to the G rows of its group; rows that have ended are dropped.
-# The sampler alone knows what was drawn and how likely it was, so the mask and the behavior policy's log-probabilities
-# come from here and are never guessed from token ids later.
+# Sampling. Each prompt is read once and its cache copied to the G rows of its group; rows that have ended are dropped,
+# and rows for which there is no room wait. The sampler alone knows what was drawn and how likely it was, so the mask
+# and the behavior policy's log-probabilities come from here and are never guessed from token ids later.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -851,6 +869,7 @@ class Batch:
     behavior_logprobs: Tensor           # (N, T) under the policy that sampled, at the sampling temperature
     truncated: Tensor                   # (N,) True where the length limit cut it off
     texts: list[str]                    # N decoded completions
+    cache_tokens: int | None = None     # the room that was left for the cache: less than given if memory ran out
     advantages: Tensor | None = None    # (Q, G) filled in once the completions are graded
 
 
@@ -858,14 +877,17 @@ def eos_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: Qwen3 has two, and models that miss one ramble on after their answer."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*configured, tokenizer.eos_token_id] if i is not None})
+    ids = sorted({i for i in [*configured, tokenizer.eos_token_id] if i is not None})
+    if not ids:
+        raise UserError("neither the model's generation_config nor its tokenizer names a token that ends a completion")
+    return ids
 
 
 def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Tensor]:
     """Draw one token a row from (n, V) logits; temperature 0 takes the likeliest.
 
     Returns tokens (n,) and their log-probabilities (n,) under softmax(logits / temperature), before top-p restricts
-    what may be drawn: that is the distribution the training step can compute again.
+    what may be drawn: that is the distribution the training step can compute again. (At temperature 0: at 1.)
     """
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)      # (n, V)
     if temperature == 0:
@@ -913,6 +935,8 @@ class RoomyLayer(DynamicLayer):
 
     def take(self, pieces, name, rows, room):
         held = [vars(piece).pop(name) for piece in pieces]
+        for piece in pieces:
+            vars(piece).pop("all_" + name, None)                            # so that the old memory goes layer by layer
         held = torch.cat(held) if len(held) > 1 else held[0]
         return F.pad(held[rows], (0, 0, 0, room))                           # (n, heads, P + room, D)
 
@@ -939,7 +963,8 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     """
     model.eval()
     device, eos, T, room = model.device, set(eos_ids(model, tokenizer)), max_new_tokens, cache_tokens or math.inf
-    chunk = chunk or max(1, min(T // 8, 128))                               # within one, nothing waits for the GPU
+    # Within a chunk nothing is read back, so that the GPU never waits; a row that ends early is carried to its end.
+    chunk = chunk or max(1, min(T // 8, 128))
     prompts = [prompt for prompt in prompts for _ in range(group_size)]     # N
     completions, logprobs = [[] for _ in prompts], [[] for _ in prompts]    # N lists that grow
 
@@ -951,21 +976,21 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 
     def decode(wave):
         """Carry on the rows in `wave`, until each has ended or has to wait."""
-        read = [(*prompts[i], *completions[i]) for i in wave]
-        once = {row: k for k, row in enumerate(dict.fromkeys(read))}        # rows that begin alike are read once
-        width = max(map(len, once))
-        ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in once], device=device)      # (q, P) pads first
-        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in once], device=device)     # (q, P)
+        prefixes = [(*prompts[i], *completions[i]) for i in wave]
+        place = {prefix: k for k, prefix in enumerate(dict.fromkeys(prefixes))}     # equal ones are read once
+        width = max(map(len, place))
+        ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in place], device=device)           # (q, P) pads first
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=device)  # (q, P)
         caches, logits = [], []
         for part, mask in zip(*(x.split(max(1, prefill_tokens // width)) for x in (ids, seen))):
             caches.append(DynamicCache())
             logits.append(model(part, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                                 past_key_values=caches[-1], use_cache=True, logits_to_keep=1).logits[:, -1])
-        rows, token = torch.tensor([once[row] for row in read], device=device), None                # (n,)
+        rows, token = torch.tensor([place[p] for p in prefixes], device=device), None               # (n,) of the q
         logits = torch.cat(logits)[rows]                                    # (n, V)
         while wave:
             caches = [Cache([RoomyLayer(pieces, rows, chunk) for pieces in zip(*(cache.layers for cache in caches))])]
-            seen, drawn = seen[rows], []                                    # (n, P)
+            seen, drawn = seen[rows], []                                    # (n, P) rows are now those of the wave
             for _ in range(min(chunk, T - min(len(completions[i]) for i in wave))):
                 if token is not None:
                     seen = F.pad(seen, (0, 1), value=1)                     # (n, P + 1)
@@ -973,7 +998,7 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
                                    past_key_values=caches[0], use_cache=True).logits[:, -1]         # (n, V)
                 token, logprob = draw(logits, temperature, top_p, generator)    # (n,), (n,)
                 drawn.append((token, logprob))
-            new_tokens, new_logprobs = (torch.stack(x, 1) for x in zip(*drawn))     # (n, chunk)
+            new_tokens, new_logprobs = (torch.stack(x, 1) for x in zip(*drawn))     # (n, up to chunk)
             if not new_logprobs.isfinite().all():
                 raise FloatingPointError("the model's probabilities are not finite")
             for i, row, logs in zip(wave, new_tokens.tolist(), new_logprobs.tolist()):
@@ -982,14 +1007,15 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
                 completions[i] += row[:n]
                 logprobs[i] += logs[:n]
             keep = [k for k, i in enumerate(wave) if not ended(i)]
-            keep = [k for n, k in enumerate(keep, 1) if n == 1 or n * (seen.shape[1] + 1 + chunk) <= room]
+            width = seen.shape[1] + 1 + chunk                               # after one more chunk
+            keep = [k for n, k in enumerate(keep, 1) if n == 1 or n * width <= room]    # the others wait
             wave, rows = [wave[k] for k in keep], torch.tensor(keep, dtype=torch.long, device=device)
             token = token[rows]                                             # (n,)
 
     waiting = list(range(len(prompts)))
     while waiting:
         waiting.sort(key=length)                                            # alike in length: little padding
-        n = max(1, sum(k * (length(i) + chunk) <= room for k, i in enumerate(waiting, 1)))
+        n = max(1, sum(k * (length(i) + chunk) <= room for k, i in enumerate(waiting, 1)))  # that fit, for one chunk
         wave, waiting = waiting[:n], waiting[n:]
         try:
             decode(wave)
@@ -999,14 +1025,14 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
             room = min(room, sum(length(i) + chunk for i in wave)) // 2
         waiting += [i for i in wave if not ended(i)]
 
-    T = max(map(len, completions))
+    T = max(map(len, completions))                                          # the longest, no longer the limit
     tokens, behavior_logprobs = (torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
                                  for rows in (completions, logprobs))       # (N, T), (N, T)
     lengths = torch.tensor([len(row) for row in completions], device=device)                        # (N,)
     mask = (torch.arange(T, device=device) < lengths[:, None]).float()      # (N, T)
     truncated = torch.tensor([row[-1] not in eos for row in completions], device=device)            # (N,)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
-    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts)
+    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, None if room == math.inf else room)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1076,7 +1102,10 @@ def gradient_distortion(p: float, G: int, conditional: bool = False) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The improvement tracker. PIPO's new piece: is this batch better than the last K, in units of their own spread?
+# The improvement tracker. PIPO's new piece: is this batch better than the last K, in units of their own spread? To add
+# it to another trainer take this section, keep the previous batch, and do as the loop in `train` does: feedback(mu), a
+# step on the previous batch with improvement_rewards, its ratio against the policy that sampled it, the trainer's own
+# step, push(mu).
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1157,7 +1186,7 @@ class Base(NamedTuple):
 BASES = {
     "grpo": Base(True, False, 0.2, 0.2, "sequence"),        # DeepSeekMath, 2402.03300
     "dr_grpo": Base(False, False, 0.2, 0.2, "fixed"),       # 2503.20783
-    "dapo": Base(True, False, 0.2, 0.28, "token"),          # 2503.14476
+    "dapo": Base(True, False, 0.2, 0.28, "token"),          # 2503.14476, without its dynamic sampling
     "gspo": Base(True, True, 3e-4, 4e-4, "sequence"),       # 2507.18071
 }
 
@@ -1229,7 +1258,8 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
     Both steps of an iteration are this function. A minibatch without any signal (or KL) takes no step at all: AdamW
     would move the weights on momentum and decay alone. Rows with coefficient 0 are not computed (their gradient is 0
     unless there is a KL) but still count in the denominators. Of several gradient norms the largest is returned; means
-    over no token are None. Raises FloatingPointError on a loss or gradient that is not finite.
+    over no token are None. Raises FloatingPointError on a loss or gradient that is not finite. Of cfg it reads
+    minibatches, microbatch_tokens, temperature, base, clip_low, clip_high, kl_coef, max_new_tokens, max_grad_norm.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -1257,7 +1287,7 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
                 cfg.kl_coef if reference is not None else 0.0, n_sequences, n_tokens, cfg.max_new_tokens)
             loss.backward()
             count = int(mask.sum())
-            sums.update({name: value * count for name, value in means.items()})
+            sums.update({name: value * count for name, value in means.items()})    # a Counter adds
             sums["loss"] += loss.item()
             trained += count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
@@ -1312,7 +1342,7 @@ def load_rows(name: str, split: str) -> datasets.Dataset:
     splits = load_or_explain(name, "dataset", lambda: datasets.load_dataset(**source))
     if split not in splits:
         split = next(iter(splits))
-        if not path.is_file():                                              # in a file nobody expects several
+        if not path.is_file():                                              # a file has no other
             tqdm.write(f"the dataset {name} is read from its split {split!r}")
     return splits[split]
 
@@ -1410,15 +1440,18 @@ def trained_weights(model) -> dict[str, Tensor]:
 class MasterAdamW:
     """AdamW on fp32 copies of the weights ("masters") on a device of their own; a tensor at a time goes there and back.
 
-    Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size.
+    Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size. Gradients are summed
+    in fp32 as well, or the last of many micro-batches would be rounded away.
     """
 
     def __init__(self, weights, device, **options):
         self.weights, device = list(weights), torch.device(device)
+        for weight in self.weights:
+            weight.grad_dtype = torch.float32
         self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
         self.adam = torch.optim.AdamW(self.masters, fused=True, **options)
-        self.buffer = torch.empty(max(weight.numel() for weight in self.weights), dtype=self.weights[0].dtype,
-                                  device=device, pin_memory=device.type == "cpu" and self.weights[0].is_cuda)
+        self.buffer = torch.empty(max(weight.numel() for weight in self.weights), device=device,
+                                  pin_memory=device.type == "cpu" and self.weights[0].is_cuda)      # pinned: faster
 
     @property
     def param_groups(self):
@@ -1430,7 +1463,7 @@ class MasterAdamW:
         for weight, master in zip(self.weights, self.masters):
             if weight.grad is not None:
                 on_the_way = self.buffer[:weight.numel()].view_as(weight)
-                master.grad = on_the_way.copy_(weight.grad).float()
+                master.grad = on_the_way.copy_(weight.grad)
                 self.adam.step()                                            # of this one: no other has a gradient
                 master.grad = None
                 weight.copy_(on_the_way.copy_(master))
@@ -1452,8 +1485,8 @@ class MasterAdamW:
 def make_optimizer(model, cfg: Config):
     """The one place where the optimizer is chosen: plain AdamW for fp32 weights that stay where they are."""
     weights, options = list(trained_weights(model).values()), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    where = torch.device(cfg.optimizer_device or model.device)
-    if weights[0].dtype == torch.float32 and where.type == model.device.type:
+    where = torch.device("cpu") if cfg.optimizer_device == "cpu" else model.device
+    if where == model.device and all(weight.dtype == torch.float32 for weight in weights):
         return torch.optim.AdamW(weights, fused=True, **options)
     return MasterAdamW(weights, where, **options)
 
@@ -1469,42 +1502,42 @@ def free_memory(device) -> float:
 def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     """cfg with what it leaves open filled in for this model and device, and a table of the memory that the run takes.
 
-    `shapes` is the model on the meta device. These are estimates, and a sixteenth of the free memory is left alone.
-    Raises UserError for what cannot fit.
+    `shapes` is the model on the meta device, `out` the folder of the run. These are estimates, and a sixteenth of the
+    free memory is left alone. Raises UserError for what cannot fit.
     """
     c, here, gpu = shapes.config.get_text_config(), device.type, device.type == "cuda"
-    free = {kind: free_memory(torch.device(kind)) * 15 / 16 for kind in {here, "cpu"}}
-    free["disk"] = shutil.disk_usage(out).free
+    free = {"cpu": free_memory(torch.device("cpu")) * 15 / 16, here: free_memory(device) * 15 / 16,
+            "disk": shutil.disk_usage(out).free + sum(file.stat().st_size for file in out.rglob("*") if file.is_file())}
     dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
     size, weights = getattr(torch, dtype).itemsize, sum(p.numel() for p in shapes.parameters())
     trained, trained_size = weights, size
     if cfg.lora:
         linear = [m for name, m in shapes.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
         trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
-    there = torch.device(cfg.optimizer_device or device).type
-    if gpu and not cfg.optimizer_device and free[here] / 10 < trained * 12 < free["cpu"]:
-        there = "cpu"
+    crowded = free[here] / 10 < trained * 12 < free["cpu"]
+    there = cfg.optimizer_device or ("cpu" if crowded else here)
     adam = trained * (8 if trained_size == 4 and there == here else 12)     # two moments, and the weights in fp32
 
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     cached = 2 * c.num_hidden_layers * kv_heads * head_dim * size           # bytes of a token's keys and values
+    # Of one token, for backward: gate, up and their product; and norms, queries, keys, values, outputs, residuals.
     layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
-    kept = layer + c.num_hidden_layers * c.hidden_size * size if gpu else c.num_hidden_layers * layer   # for backward
+    kept = layer + c.num_hidden_layers * c.hidden_size * size if gpu else c.num_hidden_layers * layer
     N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
     rows = [("always", here, f"weights: {weights / 1e9:.2f}B in {dtype}", weights * size),
             ("always", here, "reference policy", weights * size if cfg.kl_coef and not cfg.lora else 0),
             ("always", there, f"AdamW: {trained / 1e9:.2f}B trained", adam),
-            ("training", here, "gradients", trained * trained_size),
-            ("training", here, f"a micro-batch: {cfg.microbatch_tokens:,} tokens",
-             cfg.microbatch_tokens * kept + 4096 * c.vocab_size),
-            ("sampling", here, "probabilities of the next token", min(N, 1024) * c.vocab_size * 24)]
+            ("training", here, "gradients in float32", trained * 4),
+            ("training", here, f"a micro-batch: {cfg.microbatch_tokens:,} tokens",      # 256 logits: 4 fp32 copies
+             cfg.microbatch_tokens * kept + 256 * c.vocab_size * 16),
+            ("sampling", here, "probabilities of the next token", N * c.vocab_size * 24)]   # 4 fp32 copies, 1 fp64
 
     def needed(kind, phase):
         return sum(n for when, on, _, n in rows if on == kind and when in ("always", phase))
 
-    room = int(max(0, free[here] - needed(here, "sampling")) / cached)
-    cache_tokens = cfg.cache_tokens or min(room, N * longest)
+    room = max(0, free[here] - needed(here, "sampling")) / cached
+    cache_tokens = cfg.cache_tokens or int(min(room, N * longest))
     rows += [("sampling", here, f"key-value cache: {cache_tokens:,} tokens", cache_tokens * cached),
              ("saving", "disk", "the model at the end", weights * size)]
     if cfg.save_every:
@@ -1519,8 +1552,7 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
         raise UserError(f"the cache has room for {cache_tokens:,} tokens, but a prompt and its completion may take "
                         f"{longest:,}: give a larger --cache-tokens or a smaller --max-new-tokens")
     table = [f"  {when:9} {what:52} {n / 2**30:8.2f} GiB on {on}" for when, on, what, n in rows if n]
-    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens,
-                   optimizer_device=there if there != here else str(device)), "\n".join(table)
+    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens, optimizer_device=there), "\n".join(table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1633,10 +1665,12 @@ def open_run(cfg: Config) -> tuple[Path, dict | None]:
     except OSError as error:
         raise UserError(f"the output folder {out} cannot be written: {error.strerror}")
     if cfg.resume:
-        state = torch.load(saved, map_location="cpu", weights_only=True)
+        state = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)    # not twice in memory
         before, now = state["config"], asdict(cfg)
-        changed = [f"--{name.replace('_', '-')} was {before[name]!r}, is {now[name]!r}" for name in now
-                   if name not in MAY_DIFFER and before[name] != now[name]]
+        changed = [f"--{name.replace('_', '-')} was {before.get(name)!r}, is {now[name]!r}" for name in now
+                   if name not in MAY_DIFFER and before.get(name) != now[name]]
+        if state["device"] != pick_device(cfg).type:
+            changed.append(f"the device was {state['device']}, is {pick_device(cfg).type}")
         if changed:
             raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
         if state["step"] > cfg.steps:
@@ -1756,8 +1790,10 @@ def peak_memory_gb(device) -> float | None:
 
 
 def prepare(cfg: Config, out: Path, device, resumed: bool):
-    """The start model's path, its tokenizer, the training and the held-out problems, and cfg with its blanks filled in;
-    cheap checks before dear ones."""
+    """The start model's path, its tokenizer, the training and the held-out problems, and cfg with its blanks filled in.
+
+    Cheap checks come before expensive ones.
+    """
     if cfg.model:
         path = cfg.model
         with torch.device("meta"):                                          # shapes only
@@ -1776,8 +1812,8 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
             build_demo(Path(path), cfg, warm, device)
         train_rows, eval_rows = datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(eval_rows)
     tokenizer = load_or_explain(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
-    problems = read_problems(train_rows, tokenizer, cfg, cfg.dataset)
-    held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset) if cfg.eval_every else []
+    problems = read_problems(train_rows, tokenizer, cfg, cfg.dataset or "the demo")
+    held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset or "the demo") if cfg.eval_every else []
     return path, tokenizer, problems, held_out[:cfg.eval_limit or None], cfg
 
 
@@ -1789,11 +1825,11 @@ def train(cfg: Config) -> list[dict]:
     """
     validate(cfg)
     out, state = open_run(cfg)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(cfg)
     settings = asdict(cfg)                                                  # as they were given, blanks and all
+    if state:                                                               # not to be decided anew
+        cfg = replace(cfg, dtype=state["dtype"], optimizer_device=state["optimizer_device"])
     path, tokenizer, problems, held_out, cfg = prepare(cfg, out, device, resumed=state is not None)
-    if not state:
-        clear_run(out)                                                      # now that all that is needed was found
     torch.manual_seed(cfg.seed)                                             # LoRA's adapters start at random
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
     if cfg.kl_coef:
@@ -1801,12 +1837,15 @@ def train(cfg: Config) -> list[dict]:
     optimizer = make_optimizer(model, cfg)
     tracker, previous, past_xi, done = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip), None, [], 0
     if state:
-        model.load_state_dict(state["model"], strict=False)                 # what is trained
-        optimizer.load_state_dict(state["optimizer"])
+        assert not model.load_state_dict(state["model"], strict=False).unexpected_keys      # it holds what is trained
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))        # from the mapped file into memory
         tracker.load_state_dict(state["tracker"])
-        previous, past_xi, done = state["previous"], state["past_xi"], state["step"]
-        previous = Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in previous.items()})
-        state = None                                                        # free the loaded copy
+        past_xi, done = state["past_xi"], state["step"]
+        previous = Batch(**{name: x.to(device, copy=True) if isinstance(x, Tensor) else x
+                            for name, x in state["previous"].items()})
+        state = None                                                        # lets go of the file
+    else:
+        clear_run(out)                                                      # now that all that is needed was found
     with swapped_in(out / "config.json") as file:
         file.write(json.dumps(asdict(cfg), indent=2).encode())
     for name in ("metrics.jsonl", "samples.jsonl"):                         # rows later than the checkpoint go
@@ -1821,7 +1860,7 @@ def train(cfg: Config) -> list[dict]:
                f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
 
     def evaluation(step) -> dict:
-        scores = evaluate(model, tokenizer, held_out, cfg, rng(device, cfg.seed, "evaluation"))
+        scores = evaluate(model, tokenizer, held_out, cfg, rng(device, cfg.seed, "evaluation"))     # each time the same
         tqdm.write(f"step {step}: held-out pass@1 {scores['eval_pass@1']:.1%} +- {scores['eval_stderr']:.1%}")
         return scores
 
@@ -1843,6 +1882,7 @@ def train(cfg: Config) -> list[dict]:
                 # --- sample B_t ~ pi_theta, grade it -----------------------------------------------------------------
                 batch = sample(model, tokenizer, [p.prompt for p in chosen], cfg.group_size, cfg.max_new_tokens,
                                cfg.temperature, cfg.top_p, rng(device, cfg.seed, "sample", step), cfg.cache_tokens)
+                cfg = replace(cfg, cache_tokens=batch.cache_tokens)
                 lap("sample")
                 rewards, failures = grade_all(batch, chosen)                # (Q, G)
                 flipped = torch.rand(rewards.shape, generator=rng("cpu", cfg.seed, "noise", step)) < cfg.reward_noise
@@ -1885,7 +1925,7 @@ def train(cfg: Config) -> list[dict]:
                    **(feedback or Feedback(None, None, None, None))._asdict(),
                    **exploration, **{f"pi_{name}": value for name, value in verification.items()},
                    "entropy": -batch.behavior_logprobs.sum().item() / n_tokens,
-                   "truncated": batch.truncated.float().mean().item(),
+                   "truncated": batch.truncated.float().mean().item(), "cache_tokens": batch.cache_tokens,
                    "zero_signal": (batch.advantages == 0).all(1).float().mean().item(),
                    "completion_length": n_tokens / N, "tokens": int(n_tokens),
                    **{f"grader_{cause}": count for cause, count in failures.items()},
@@ -1899,10 +1939,11 @@ def train(cfg: Config) -> list[dict]:
                            f"{problem[-100:]} -> {completion[-300:]}{' [cut off]' * pick['truncated']}")
             bar.set_postfix(reward=f"{mu:.2f}", **{name: f"{row[name]:+.2f}" for name in ("xi", "phi") if feedback})
             bar.update()
-            stop = interrupted.is_set() and step < cfg.steps                # asked once: what follows hangs together
+            stop = interrupted.is_set() and step < cfg.steps                # read once: saving and stopping agree
             if cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps or stop):
                 with swapped_in(out / "checkpoint" / "state.pt") as file:
-                    torch.save({"config": settings, "step": step, "model": trained_weights(model),
+                    torch.save({"config": settings, "device": device.type, "dtype": cfg.dtype,
+                                "optimizer_device": cfg.optimizer_device, "step": step, "model": trained_weights(model),
                                 "optimizer": optimizer.state_dict(), "tracker": tracker.state_dict(),
                                 "previous": vars(previous), "past_xi": past_xi}, file)
             if stop:
@@ -1927,7 +1968,7 @@ def summary(rows: list[dict], out: Path) -> str:
     lines = [f"held-out pass@1: {scores[0]} -> {scores[-1]}"] if scores else []
     lines += ["feedback: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
               "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in phases.items()),
-              f"files: {out}/metrics.jsonl, samples.jsonl, checkpoint/, and the trained model in {out}/model"]
+              f"files: {out}/metrics.jsonl, samples.jsonl, checkpoint/, and what was trained in {out}/model"]
     return "\n".join(lines)
 
 
@@ -1943,8 +1984,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     for f in fields(Config):
         demo = f" (demo: {DEMO[f.name]})" if f.name in DEMO and DEMO[f.name] != "" else ""
         default = "" if f.default is None or f.default is False or f.default == "" else f" (default: {f.default})"
-        kind = dict(action="store_true") if f.type in (bool, "bool") else dict(
-            type=float if f.default is None else type(f.default), choices=f.metadata["choices"])
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + default + demo, **kind)
     given = vars(parser.parse_args(arguments))
     return Config(**({} if given.get("model") else DEMO) | given)
@@ -1961,6 +2001,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         print(f"pipo: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"pipo: {first_line(error)} Halve --microbatch-tokens; the last checkpoint is as it was", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"pipo: {str(error) or 'stopped; the last checkpoint, if there is one, is as it was'}", file=sys.stderr)
