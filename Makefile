@@ -22,11 +22,11 @@ bench: .venv/.trl ## speed and memory against generate and TRL, on one core -> r
 
 experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ (under two hours; goes on where it stopped)
 	$(BIN)/python assets/experiment.py run $(ARGS)
-	$(BIN)/python assets/experiment.py table
+	$(BIN)/python assets/experiment.py table $(ARGS)
 
 figures: .venv/.installed ## the README's figures and tables from the runs in assets/
-	$(BIN)/python assets/experiment.py table
-	$(BIN)/python assets/experiment.py figures
+	$(BIN)/python assets/experiment.py table $(ARGS)
+	$(BIN)/python assets/experiment.py figures $(ARGS)
 
 plot: .venv/.installed ## curves of your own runs: make plot RUNS="runs/a runs/b"
 	$(BIN)/python assets/experiment.py plot $(RUNS)

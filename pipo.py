@@ -1538,7 +1538,8 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
 
     room = max(0, free[here] - needed(here, "sampling")) / cached
     cache_tokens = cfg.cache_tokens or int(min(room, N * longest))
-    rows += [("sampling", here, f"key-value cache: {cache_tokens:,} tokens", cache_tokens * cached),
+    rows += [("sampling", here, f"cache: {cache_tokens:,} tokens, {cache_tokens // longest:,} rows of full length",
+              cache_tokens * cached),
              ("saving", "disk", "the model at the end", weights * size)]
     if cfg.save_every:
         rows.append(("saving", "disk", "checkpoints, the old and the new", 2 * (trained * trained_size + adam)))
