@@ -136,12 +136,12 @@ class Config:
     epochs: int = option(1, "passes over a batch in the exploration step")
     microbatch_tokens: int = option(8192, "padded tokens in one backward pass; changes memory, not results", demo=2048)
     # precision and memory
-    dtype: str = option("", "of the weights that sample and are differentiated; gradients are summed, and AdamW steps, "
-                        "in float32 (default: bfloat16 on a GPU, float32 on a CPU and in the demo)",
-                        choices=("", "float32", "bfloat16"))
-    optimizer_device: str = option("", "where AdamW's float32 weights and moments are kept and stepped (default: in "
+    dtype: str = option("auto", "of the weights that sample and are differentiated; gradients are summed, and AdamW "
+                        "steps, in float32 (auto: bfloat16 on a GPU, float32 on a CPU and in the demo)",
+                        choices=("auto", "float32", "bfloat16"))
+    optimizer_device: str = option("auto", "where AdamW's float32 weights and moments are kept and stepped (auto: in "
                                    "host memory, if they would take over a tenth of the GPU's and fit there)",
-                                   choices=("", "cpu", "cuda"))
+                                   choices=("auto", "cpu", "cuda"))
     lora: int = option(0, "rank of LoRA adapters that are trained instead of the weights, 0 for all weights (needs "
                        "peft, and a higher --lr)")
     # the run
@@ -197,7 +197,7 @@ def validate(cfg: Config) -> None:
     device = pick_device(cfg)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device is {cfg.device!r}: it must be cpu or a CUDA device")
-    if cfg.optimizer_device not in ("", "cpu", device.type):
+    if cfg.optimizer_device not in ("auto", "cpu", device.type):
         raise UserError(f"--optimizer-device is {cfg.optimizer_device!r}: the run is on {device}")
 
 
@@ -1508,14 +1508,14 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     c, here, gpu = shapes.config.get_text_config(), device.type, device.type == "cuda"
     free = {"cpu": free_memory(torch.device("cpu")) * 15 / 16, here: free_memory(device) * 15 / 16,
             "disk": shutil.disk_usage(out).free + sum(file.stat().st_size for file in out.rglob("*") if file.is_file())}
-    dtype = cfg.dtype or ("bfloat16" if gpu else "float32")
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32"
     size, weights = getattr(torch, dtype).itemsize, sum(p.numel() for p in shapes.parameters())
     trained, trained_size = weights, size
     if cfg.lora:
         linear = [m for name, m in shapes.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
         trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
     crowded = free[here] / 10 < trained * 12 < free["cpu"]
-    there = cfg.optimizer_device or ("cpu" if crowded else here)
+    there = cfg.optimizer_device if cfg.optimizer_device != "auto" else "cpu" if crowded else here
     adam = trained * (8 if trained_size == 4 and there == here else 12)     # two moments, and the weights in fp32
 
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -1806,7 +1806,7 @@ def prepare(cfg: Config, out: Path, device, resumed: bool):
         train_rows = load_rows(cfg.dataset, "train")
         eval_rows = load_rows(cfg.eval_dataset, "test") if cfg.eval_every else None
     else:
-        path, cfg = str(out / "start"), replace(cfg, dtype=cfg.dtype or "float32")
+        path, cfg = str(out / "start"), replace(cfg, dtype=cfg.dtype.replace("auto", "float32"))
         eval_rows, warm, train_rows = demo_rows(cfg.seed)
         if not resumed:
             tqdm.write("demo: building a tiny Qwen3 and teaching it worked additions until it is sometimes right")
