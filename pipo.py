@@ -202,6 +202,7 @@ def validate(cfg: Config) -> None:
 
 
 def pick_device(cfg: Config) -> torch.device:
+    """The device that samples and trains."""
     return torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

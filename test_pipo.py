@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -1480,6 +1481,34 @@ def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
     assert len(results[0]) == 2
 
 
+def experiment(*arguments):
+    """assets/experiment.py as a user starts it."""
+    command = [sys.executable, HERE / "assets" / "experiment.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_path):
+    """Guards against a table that nobody can make again, and a README that was not changed with it."""
+    for pack in (HERE / "assets").glob("runs-*.jsonl.gz"):
+        shutil.copy(pack, tmp_path)
+    assert experiment("table", "--into", tmp_path).returncode == 0
+    results = (HERE / "assets" / "results.md").read_text()
+    assert (tmp_path / "results.md").read_text() == results
+    shown = (HERE / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("| ") and "±" in line]
+    assert len(rows) >= 12 and all(row in results for row in rows)
+
+
+def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
+    """The command behind `make plot`, on a run that was never evaluated, and on a folder that is no run."""
+    pipo.train(settings(folder, tmp_path / "run"))
+    done = experiment("plot", tmp_path / "run", "--into", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pipo-curves.png").stat().st_size > 10_000 < (tmp_path / "pipo-inside.png").stat().st_size
+    wrong = experiment("plot", tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "holds no step" in wrong.stderr
+
+
 def copied(names, imports):
     """A module that holds nothing but these definitions of pipo.py and these imports."""
     import ast
@@ -1731,6 +1760,31 @@ def test_gradients_of_both_trl_steps_by_hand(trl_runs, folder, tmp_path, minibat
             assert check(verification, before, previous[own], coefficients[8 * k : 8 * k + 8], 0.0) > 0.01
             advantages = torch.cat([b["advantages"] for b in fresh[own]])
             assert check(exploration, sampler, fresh[own], advantages, 0.05) > 0.001
+
+
+@only_by("test-trl")
+def test_update_takes_the_gradient_of_trl(trl_runs, folder, tmp_path):
+    """Another implementation as oracle: TRL computes all rows in one padded batch, `update` drops, sorts and splits."""
+    seen = []
+
+    class Watched(trl_runs.GRPOTrainer):
+        def _clip_grad_norm(self, model):
+            seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), self._buffered_inputs))
+            return super()._clip_grad_norm(model)
+
+    whole = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=1, loss_type="grpo", beta=0.0)
+    trl_runs.trainer_of("off", folder, tmp_path, lambda *_, feedback, **kw: Watched(**kw), **whole).train()
+    (gradient, (rows,)) = seen[0]
+    order = sorted(range(16), key=lambda i: (rows["prompt_ids"][i].tolist(), i))  # TRL shuffles the rows of a batch
+    prompts = [rows["prompt_ids"][i][rows["prompt_mask"][i] == 1].tolist() for i in order]
+    tokens, mask = rows["completion_ids"][order], rows["completion_mask"][order].float()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    behavior = token_logprobs(model, prompts, tokens, mask).detach()
+    advantages = rows["advantages"][order].view(4, 4)
+    batch = pipo.Batch(prompts, tokens, mask, behavior, mask[:, 0] > 0, [""] * 16)
+    cfg = Config(temperature=1.0, microbatch_tokens=40, max_grad_norm=1e9)
+    _, ours = gradient_of(lambda optimizer: pipo.update(model, optimizer, batch, advantages, cfg, 0.0), model)
+    assert gradient.abs().max() > 1e-3 and torch.allclose(ours, gradient, atol=1e-6, rtol=1e-4)
 
 
 @only_by("test-trl")

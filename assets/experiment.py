@@ -287,7 +287,7 @@ def compare(runs: list[dict]) -> dict:
 TARGETS = {"last": "J(θ_t) − J(θ_t−1), the last step's change",
            "window": f"J(θ_t) − mean of J(θ_t−1) … J(θ_t−{WINDOW}), what ξ estimates",
            "next": "J(θ_t+1) − J(θ_t), the next step's change"}
-PHASES = ("early", "middle", "plateau", "whole")
+PHASES = ("early", "middle", "late", "whole")
 
 
 def true_change(run: dict, target: str, every: int = 1) -> np.ndarray:
@@ -578,7 +578,7 @@ def draw_xi(runs: list[dict], path: Path) -> None:
     titles = ("the last step's change\n" r"$J(\theta_t)-J(\theta_{t-1})$", "what $\\xi_t$ estimates\n" r"$J(\theta_t)$"
               f" − mean of the {WINDOW} before", "the next step's change\n" r"$J(\theta_{t+1})-J(\theta_t)$")
     for axis, target, title in zip(axes, TARGETS, titles):
-        for phase, arm in (("early", "pipo-lam0"), ("middle", "shuffled"), ("plateau", "constant")):
+        for phase, arm in (("early", "pipo-lam0"), ("middle", "shuffled"), ("late", "constant")):
             _, colour, line, marker = STYLES[arm]
             pairs = [(series(run, "xi")[rows], 100 * true_change(run, target)[rows])
                      for run in runs for rows in [phase_rows(run, phase)]]
