@@ -19,7 +19,7 @@ mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{
 while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and where no group
 of B_{t-1} is mixed. In names of settings and metrics it is `pi_`, for policy improvement.
 
-    python pipo.py                          # offline demo: a 0.8M-parameter model learns to add, minutes on a laptop
+    python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, minutes on a laptop
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
     python pipo.py --help                   # every setting, with its meaning
 

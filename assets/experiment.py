@@ -603,8 +603,8 @@ def draw_xi(runs: list[dict], path: Path) -> None:
 def figures(args) -> None:
     """All pictures of this folder, as far as there are runs for them."""
     draw_distortion(args.into / "distortion.png")
-    titles = {"safe": f"learning rate {SAFE_LR:g}", "noisy": f"learning rate {SAFE_LR:g}, 10 % of rewards flipped",
-              "edge": f"learning rate {EDGE_LR:g}", "gspo": f"GSPO as base, learning rate {SAFE_LR:g}"}
+    titles = {"safe": f"safe rate, {SAFE_LR:g}", "noisy": f"safe rate, {SAFE_LR:g}, 10 % of rewards flipped",
+              "edge": f"rate at the edge, {EDGE_LR:g}", "gspo": f"GSPO as base, safe rate, {SAFE_LR:g}"}
     panels = {}
     for condition in (c for c in titles if c in args.only):
         for run in read_pack(args.into, condition):
