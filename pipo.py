@@ -1526,9 +1526,9 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
     kept = layer + c.num_hidden_layers * c.hidden_size * size if gpu else c.num_hidden_layers * layer
     N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    rows = [("always", here, f"weights: {weights / 1e9:.2f}B in {dtype}", weights * size),
+    rows = [("always", here, f"weights: {weights / 1e6:,.1f}M in {dtype}", weights * size),
             ("always", here, "reference policy", weights * size if cfg.kl_coef and not cfg.lora else 0),
-            ("always", there, f"AdamW: {trained / 1e9:.2f}B trained", adam),
+            ("always", there, f"AdamW: {trained / 1e6:,.1f}M trained", adam),
             ("training", here, "gradients in float32", trained * 4),
             ("training", here, f"a micro-batch: {cfg.microbatch_tokens:,} tokens",      # 256 logits: 4 fp32 copies
              cfg.microbatch_tokens * kept + 256 * c.vocab_size * 16),
