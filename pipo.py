@@ -133,7 +133,7 @@ class Config:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     minibatches: int = option(1, "optimizer steps that a batch is split into, in both steps (the paper: 2)")
-    epochs: int = option(1, "passes over a batch in the exploration step")
+    epochs: int = option(1, "passes over a batch in the exploration step; the last one is logged")
     microbatch_tokens: int = option(8192, "padded tokens in one backward pass; changes memory, not results", demo=2048)
     # precision and memory
     dtype: str = option("auto", "of the weights that sample and are differentiated; gradients are summed, and AdamW "
@@ -1293,6 +1293,7 @@ def update(model, optimizer, batch: Batch, advantages: Tensor, cfg: Config, lr: 
             trained += count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
         if not math.isfinite(norm) or not math.isfinite(sums["loss"]):
+            optimizer.zero_grad(set_to_none=True)                           # for a caller who goes on
             raise FloatingPointError(f"loss {sums['loss']}, gradient norm {norm}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
