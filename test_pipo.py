@@ -1497,6 +1497,9 @@ def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_p
     shown = (HERE / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     rows = [line for line in shown.splitlines() if line.startswith("| ") and "±" in line]
     assert len(rows) >= 12 and all(row in results for row in rows)
+    speed = (HERE / "README.md").read_text().split("## Speed and memory")[1].split("\n## ")[0]
+    for value in json.loads((HERE / "assets" / "bench.json").read_text()).values():
+        assert f" {value:.1f} " in speed or f" {value:.2f} " in speed or f"1/{value:.1f} " in speed
 
 
 def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
