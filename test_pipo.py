@@ -3,6 +3,7 @@
 make test          or          python -m pytest -q test_pipo.py
 """
 
+import ast
 import copy
 import json
 import math
@@ -45,6 +46,7 @@ from pipo import (
 )
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread, and lose much beside another process
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # the marks stand here, not in a file
 
@@ -83,9 +85,9 @@ def tiny_model(seed=0, spread=0.3):
     return Qwen3ForCausalLM(config).eval()
 
 
-def letter_tokenizer():
-    """Tokens 0 and 1 are <pad> and <eos>, then a to z."""
-    characters = Tokenizer(models.BPE({c: i for i, c in enumerate(["<pad>", "<eos>", *LETTERS])}, merges=[]))
+def letter_tokenizer(letters=LETTERS):
+    """Tokens 0 and 1 are <pad> and <eos>, then a to z, or other letters."""
+    characters = Tokenizer(models.BPE({c: i for i, c in enumerate(["<pad>", "<eos>", *letters])}, merges=[]))
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
 
@@ -441,6 +443,14 @@ def test_random_numbers():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_greedy(ours, plain, prompts, limit):
+    """A batch sampled greedily holds the tokens of transformers' generate, one prompt at a time: nothing is padded."""
+    for prompt, tokens, mask in zip(prompts, ours.tokens, ours.mask):
+        ids = torch.tensor([prompt], device=plain.device)
+        reference = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)[0]
+        assert tokens[mask == 1].tolist() == reference[len(prompt) :].tolist()
+
+
 def test_greedy_sampling_equals_generate(model, tokenizer):
     """Guards against cache, position, padding and attention errors, with prompts of several lengths and dropped rows.
 
@@ -449,11 +459,7 @@ def test_greedy_sampling_equals_generate(model, tokenizer):
     plain, prompts = tiny_model(), [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
     assert plain.config._attn_implementation == "sdpa"
     ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
-    for i, prompt in enumerate(prompts):
-        reference = plain.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=24
-        )[0, len(prompt) :].tolist()
-        assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference
+    check_greedy(ours, plain, prompts, 24)
     lengths = ours.mask.sum(1).tolist()
     assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
 
@@ -1203,20 +1209,14 @@ def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded
     assert whole[0]["logprob_gap"] < (0.05 if "dtype" in changes else 1e-4)
 
 
-def qwen3_4b():
-    with torch.device("meta"):
-        return Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=151936,
-                hidden_size=2560,
-                intermediate_size=9728,
-                num_hidden_layers=36,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-                head_dim=128,
-                tie_word_embeddings=True,
-            )
-        )
+QWEN3_4B = dict(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+)
 
 
 def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
@@ -1224,7 +1224,9 @@ def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
 
     They go to the host where that leaves the card to the cache; what cannot fit is refused before anything is loaded.
     """
-    shapes, cuda = qwen3_4b(), torch.device("cuda")
+    with torch.device("meta"):
+        shapes = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, tie_word_embeddings=True, **QWEN3_4B))
+    cuda = torch.device("cuda")
     monkeypatch.setattr(pipo.shutil, "disk_usage", lambda _: type("disk", (), {"free": 1e12}))
 
     def plan(gpu, host, **changes):
@@ -1248,7 +1250,6 @@ def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
     ]:
         with pytest.raises(UserError, match=sentence):
             plan(gpu, host, **changes)
-    pytest.importorskip("peft")
     assert plan(24, 32, lora=16)[0].cache_tokens > 40_000  # a 24 GB card trains adapters
 
 
@@ -1258,11 +1259,7 @@ def test_greedy_sampling_on_a_gpu_equals_generate(tokenizer):
     """Other attention kernels, the same tokens (fp32, so that rounding does not decide between near equals)."""
     model, plain = tiny_model().cuda(), tiny_model().cuda()
     model.set_attn_implementation("shared_heads")
-    ours = sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60)
-    for i, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt], device="cuda")
-        reference = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)[0]
-        assert ours.tokens[i][ours.mask[i] == 1].tolist() == reference[len(prompt) :].tolist()
+    check_greedy(sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60), plain, PROMPTS, 24)
 
 
 @pytest.mark.gpu
@@ -1481,6 +1478,11 @@ def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
     assert len(results[0]) == 2
 
 
+def readme_section(title):
+    """What stands under a heading of the README."""
+    return README.read_text().split(f"## {title}")[1].split("\n## ")[0]
+
+
 def experiment(*arguments):
     """assets/experiment.py as a user starts it."""
     command = [sys.executable, HERE / "assets" / "experiment.py", *arguments]
@@ -1494,10 +1496,9 @@ def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_p
     assert experiment("table", "--into", tmp_path).returncode == 0
     results = (HERE / "assets" / "results.md").read_text()
     assert (tmp_path / "results.md").read_text() == results
-    shown = (HERE / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
-    rows = [line for line in shown.splitlines() if line.startswith("| ") and "±" in line]
+    rows = [line for line in readme_section("Results").splitlines() if line.startswith("| ") and "±" in line]
     assert len(rows) >= 12 and all(row in results for row in rows)
-    speed = (HERE / "README.md").read_text().split("## Speed and memory")[1].split("\n## ")[0]
+    speed = readme_section("Speed and memory")
     for value in json.loads((HERE / "assets" / "bench.json").read_text()).values():
         assert f" {value:.1f} " in speed or f" {value:.2f} " in speed or f"1/{value:.1f} " in speed
 
@@ -1514,8 +1515,6 @@ def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
 
 def copied(names, imports):
     """A module that holds nothing but these definitions of pipo.py and these imports."""
-    import ast
-
     source, space = (HERE / "pipo.py").read_text(), {"__name__": "copied"}
     for name in imports:
         if name == "torch":  # with what everybody imports from it
@@ -1534,8 +1533,8 @@ def copied(names, imports):
 
 def test_pieces_can_be_copied_as_the_readme_says():
     """Guards against a helper or an import that the README's table of pieces forgot."""
-    table = (HERE / "README.md").read_text().split("## Copying pieces")[1].split("##")[0]
-    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.split("|")[1:4]] for line in table.splitlines()]
+    lines = readme_section("Copying pieces").splitlines()
+    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.split("|")[1:4]] for line in lines]
     spaces = {row[0][0]: copied(row[0] + row[1], row[2]) for row in rows if len(row) == 3 and row[0]}
     assert len(spaces) >= 7
     advantages = spaces["group_advantages"]["group_advantages"](torch.tensor([[1.0, 0, 0, 1]]))
@@ -1568,7 +1567,7 @@ def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
         "--seed --device --out --resume --eval-every --save-every"
     ).split():
         assert flag + " " in help_text or flag + "\n" in help_text
-    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", (HERE / "README.md").read_text(), flags=re.MULTILINE)
+    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", README.read_text(), flags=re.MULTILINE)
     assert len(commands) >= 3
     for line in commands:
         if "--help" not in line:
@@ -1578,8 +1577,6 @@ def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
 # ---------------------------------------------------------------------------------------------------------------------
 # PIPO on top of TRL: the very block of the README, on a tiny model, in one process and in two
 # ---------------------------------------------------------------------------------------------------------------------
-
-README = HERE / "README.md"
 
 TRL_RUNS = """
 import sys
@@ -1598,13 +1595,13 @@ def coin(completions, **_):
     return [float(zlib.crc32(completion.encode()) % 3 == 0) for completion in completions]
 
 
-def trainer_of(kind, folder, out, trainer=PIPOTrainer, **changes):
+def trainer_of(kind, folder, out, trainer=None, **changes):
     given = dict(output_dir=str(out), max_steps=6, per_device_train_batch_size=3, gradient_accumulation_steps=2,
                  num_generations=4, max_completion_length=8, learning_rate=1e-2, lr_scheduler_type="constant",
                  logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
                  gradient_checkpointing=False)
     extra = {"plain": {}, "off": {"feedback": False}, "on": {"window": 2}}[kind]
-    return (GRPOTrainer if kind == "plain" else trainer)(
+    return (trainer or (GRPOTrainer if kind == "plain" else PIPOTrainer))(
         model=AutoModelForCausalLM.from_pretrained(Path(folder) / "model"), reward_funcs=coin,
         processing_class=AutoTokenizer.from_pretrained(Path(folder) / "model"), args=GRPOConfig(**{**given, **changes}),
         train_dataset=Dataset.from_list([{"prompt": "abcdefghijklmnopqrst"[i:i + 2 + i % 4]} for i in range(17)]),
@@ -1776,7 +1773,7 @@ def test_update_takes_the_gradient_of_trl(trl_runs, folder, tmp_path):
             return super()._clip_grad_norm(model)
 
     whole = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=1, loss_type="grpo", beta=0.0)
-    trl_runs.trainer_of("off", folder, tmp_path, lambda *_, feedback, **kw: Watched(**kw), **whole).train()
+    trl_runs.trainer_of("plain", folder, tmp_path, Watched, **whole).train()
     (gradient, (rows,)) = seen[0]
     order = sorted(range(16), key=lambda i: (rows["prompt_ids"][i].tolist(), i))  # TRL shuffles the rows of a batch
     prompts = [rows["prompt_ids"][i][rows["prompt_mask"][i] == 1].tolist() for i in order]
@@ -1848,10 +1845,7 @@ def bench_folder(folder, limit):
     """The model and a tokenizer with a character for each id, so that TRL's text prompts come back as the same ids."""
     torch.manual_seed(0)
     Qwen3ForCausalLM(bench_config(limit)).save_pretrained(folder)
-    characters = {"<pad>": 0, "<eos>": 1, **{chr(0x4E00 + i): i for i in range(2, 512)}}
-    tokenizer = Tokenizer(models.BPE(characters, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    letter_tokenizer([chr(0x4E00 + i) for i in range(2, 512)]).save_pretrained(folder)
     return str(folder)
 
 
@@ -2003,8 +1997,7 @@ def bench_4b(show, tmp_path, device="cuda", limit=4096, prompts=128, **sizes):
 
     Lengths average about 0.38 of the limit, as above. Peak memory and the gap between sampler and trainer go along.
     """
-    sizes = sizes or dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                          num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, vocabulary=151936)
+    sizes = sizes or dict(QWEN3_4B, max_position_embeddings=8192, vocabulary=151936)
     device, asked = torch.device(device), [[1000 + i] * 128 for i in range(prompts)]
     cfg = Config(prompts_per_step=prompts, max_new_tokens=limit, max_prompt_tokens=128, temperature=1.0, save_every=0)
     with torch.device("meta"):
