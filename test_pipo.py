@@ -1,11 +1,34 @@
-"""What must hold in pipo.py. Each test names the bug it guards against; all run on the CPU, offline, in a minute,
-but for those that `make test-trl`, `make bench` or a GPU runs.
+"""What must hold in pipo.py, in the order of its sections. Read `test_start_here` first, three iterations of
+PIPO by hand; every other docstring names the bug that its test guards against.
 
-make test          or          python -m pytest -q test_pipo.py
+    make test                                                       # all: on the CPU, offline, in a minute
+    .venv/bin/python -m pytest -q test_pipo.py -k start_here        # some, by a part of their names
+
+    section         what is proven there
+    Start here      the order of an iteration, window, xi, phi and rewards, on numbers that fit a napkin
+    Settings        every number has a bound and is held to it; randomness depends on its key alone
+    Mathematics     advantages, tracker and rewards by hand; the four losses against scalar loops, and their
+                    gradients against finite differences; xi on noise and on a trend by Monte Carlo
+    Update          log-probabilities against the plain softmax; a gradient that does not depend on how the
+                    batch is split; no step without a signal, nor on numbers that are not finite
+    Iteration       what both steps get under every base, feedback and setting, and when there is none to take
+    Training        without feedback it is GRPO written out, bit for bit; the loop, data order, evaluation
+    Sampling        greedy tokens are those of transformers' generate, whatever waited, was dropped or ran out
+                    of room; draws follow the distribution
+    Verifying       what is paid, what is not, and what hostile answers cost
+    Data, models    layouts and file types, what is left out, chat templates, no dropout
+    Memory          masters against plain AdamW; bf16 and LoRA resume exactly; the plan for 4B on a GPU
+    Demo            its problems, and the README's first command from nothing
+    Files           a resumed run equals an unbroken one; kills, Ctrl-C and breakdowns; nothing is overwritten
+    Command line    what the user can put right is one sentence and exit code 2; --help says everything
+    README          its commands, its tables, and the pieces to copy
+
+Tests with `gpu` in their names run where there is one.
 """
 
 import ast
 import copy
+import inspect
 import json
 import math
 import os
@@ -18,72 +41,144 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import zlib
+from collections import Counter
+from dataclasses import fields, replace
 from decimal import getcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_type_hints
 
 import mpmath
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config,
+    Qwen3ForCausalLM)
 
 import pipo
 from pipo import (
-    BASES,
-    Config,
-    ImprovementTracker,
-    UserError,
-    extract_answer,
-    grade,
-    gradient_distortion,
-    group_advantages,
-    improvement_rewards,
-    policy_loss,
-    sample,
-    token_logprobs,
-    verify,
-)
+    BASES, Config, ImprovementTracker, UserError, extract_answer, grade, group_advantages,
+    improvement_rewards, policy_loss, sample, token_logprobs, verify)
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-torch.set_num_threads(1)  # tiny tensors gain nothing from a second thread, and lose much beside another process
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # the marks stand here, not in a file
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # tiny tensors gain nothing from a second, and lose much beside another process
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+# ------------------------------------------------------------------------------------------------------------
+# Start here. Three iterations of PIPO by hand, through the real `iteration`.
+# ------------------------------------------------------------------------------------------------------------
 
 
-def only_by(target):
-    """A mark for what takes long or needs another package: `make TARGET` runs it, the plain suite does not."""
-    skip = pytest.mark.skipif(os.environ.get("TARGET") != target, reason=f"make {target} runs it")
-    return lambda test: getattr(pytest.mark, target.removeprefix("test-"))(skip(test))
+@pytest.fixture
+def iterate(monkeypatch):
+    """iterate(run, rewards, cfg): a real iteration -> (batch, row of metrics, what each `update` was given).
 
+    Two things are not real: the sampler, which hands out answers that earn `rewards` (Q, G) from the
+    verifier, and `update`, which only notes down what it was called with.
+    """
+    signature, calls = inspect.signature(pipo.update), []
+
+    def noted(*args, **options):
+        call = signature.bind(*args, **options)
+        call.apply_defaults()
+        calls.append(SimpleNamespace(**call.arguments))
+        return {}
+
+    def one_iteration(run, rewards, cfg):
+        texts = [rf"\boxed{{{reward}}}" for group in rewards for reward in group]  # 1 is right
+        N = len(texts)
+        tokens, mask = torch.full((N, 1), 3), torch.ones(N, 1)
+        batch = pipo.Batch([[7]] * N, tokens, mask, -mask, torch.zeros(N), texts)
+        monkeypatch.setattr(pipo, "sample", lambda *_, **__: batch)
+        monkeypatch.setattr(pipo, "update", noted)
+        calls.clear()
+        _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1")] * len(rewards), cfg)
+        return batch, row, list(calls)
+
+    return one_iteration
+
+
+def start(cfg, *past_means):
+    """A run whose window holds these mean rewards."""
+    tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
+    for mu in past_means:
+        tracker.push(mu)
+    return pipo.Run(SimpleNamespace(device=CPU), None, None, tracker)
+
+
+def close(x, expected):
+    return torch.allclose(x, torch.tensor(expected), atol=1e-5)
+
+
+def test_start_here(iterate):
+    """PIPO on a napkin: Q = 2 prompts, G = 4 samples each, a window of K = 3 mean rewards, lambda = 0.1."""
+    cfg = Config(window=3, lam=0.1, lr=1e-3, pi_lr=5e-4)
+    run = start(cfg, 1/8, 2/8)  # the mean rewards of two batches before; the window has room for a third
+
+    # Iteration 1 draws batch B1: of the first prompt's four answers one is right, of the second's two.
+    b1, row, updates = iterate(run, [[1, 0, 0, 0], [1, 1, 0, 0]], cfg)
+    assert row["mu"] == 3/8
+    # The window held two means, not three: there is no xi, and no verification.
+    assert row["feedback"] == "warmup" and row["xi"] is None
+    # So there is one step only, exploration. What a sample is trained with is its advantage A: its reward
+    # less its group's mean, in (sample) standard deviations of its group. 1000 has mean 1/4 and std 1/2, 1100
+    # has mean 1/2 and std 1/sqrt 3.
+    exploration, = updates
+    s = 3**0.5 / 2
+    assert exploration.batch is b1 and exploration.lr == 1e-3
+    assert close(exploration.coefficients, [[1.5, -0.5, -0.5, -0.5], [s, s, -s, -s]])
+
+    # Iteration 2 draws B2 from the policy which that step made, and more is right. Did the step on B1 help?
+    b2, row, updates = iterate(run, [[1, 1, 1, 0], [1, 0, 0, 0]], cfg)
+    assert row["mu"] == 4/8
+    # The window is 1/8, 2/8, 3/8: mean 2/8, std 1/8. B2 stands two standard deviations above: xi = 2.
+    # A rise counts in full: phi = 2.
+    assert (row["mu_his"], row["sigma_his"], row["xi"], row["phi"]) == (2/8, 1/8, 2.0, 2.0)
+    # Verification comes first: a second step on B1, further the same way. Each advantage is divided by the
+    # mean size in its group, which leaves a = 1/(2p) for right answers and -1/(2(1-p)) for wrong ones, where
+    # p is the share of right ones: 2 and -2/3 in the first group, 1 and -1 in the second. r is phi times a.
+    verification, exploration = updates
+    assert verification.batch is b1 and verification.lr == 5e-4 and row["coefficient"] == 2.0
+    assert close(verification.coefficients, [[4, -4/3, -4/3, -4/3], [2.0, 2.0, -2.0, -2.0]])
+    # Then exploration, on B2. 1110 has mean 3/4 and std 1/2.
+    assert exploration.batch is b2 and exploration.lr == 1e-3
+    assert close(exploration.coefficients, [[0.5, 0.5, 0.5, -1.5], [1.5, -0.5, -0.5, -0.5]])
+
+    # Iteration 3: the reward falls. The first prompt is not solved at all: no answer stands out there.
+    b3, row, updates = iterate(run, [[0, 0, 0, 0], [1, 1, 0, 0]], cfg)
+    assert row["mu"] == 2/8
+    # 1/8 has left the window, which is 2/8, 3/8, 4/8 now, each pushed once: mean 3/8, std 1/8, xi = -1.
+    # A fall counts lambda times: phi = -0.1.
+    assert (row["mu_his"], row["sigma_his"], row["xi"], row["phi"]) == (3/8, 1/8, -1.0, -0.1)
+    # Verification takes a little of the step on B2 back: what was right (p = 3/4 and 1/4) is pushed down.
+    verification, exploration = updates
+    assert verification.batch is b2 and row["feedback"] == "negative"
+    assert close(verification.coefficients, [[-0.2/3, -0.2/3, -0.2/3, 0.2], [-0.2, 0.2/3, 0.2/3, 0.2/3]])
+    # Exploration learns from the second prompt alone.
+    assert exploration.batch is b3
+    assert close(exploration.coefficients, [[0.0, 0.0, 0.0, 0.0], [s, s, -s, -s]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shared. A tiny model, and runs of the training loop in which rewards vary.
+# ------------------------------------------------------------------------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A tiny model, and runs of the training loop in which rewards vary
-# ---------------------------------------------------------------------------------------------------------------------
+PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
 
 
 def tiny_model(seed=0, spread=0.3):
     """A random Qwen3 with three EOS ids among 28 tokens, so that its completions end at different lengths."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=28,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=spread,
-        pad_token_id=0,
-        eos_token_id=[1, 5, 9],
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
+        initializer_range=spread, pad_token_id=0, eos_token_id=[1, 5, 9])).eval()
 
 
 def letter_tokenizer(letters=LETTERS):
@@ -112,39 +207,18 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("start")
     tiny_model(spread=0.05).save_pretrained(where / "model")  # close to uniform: no two completions alike
     letter_tokenizer().save_pretrained(where / "model")
-    rows = [{"problem": LETTERS[i % 20 : i % 20 + 2 + i % 4], "answer": "1"} for i in range(40)]
+    rows = [{"problem": LETTERS[i % 20:i % 20 + 2 + i % 4], "answer": "1"} for i in range(40)]
     (where / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return where
 
 
-PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
-
-
-def batch_of(model, tokenizer, group_size=4, max_new_tokens=16):
-    """A sampled batch with made-up rewards in which every group but the last is mixed."""
-    batch = sample(model, tokenizer, PROMPTS, group_size, max_new_tokens, generator=pipo.rng("cpu", 0))
-    batch.advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]]))
-    return batch
-
-
 def settings(folder, out, **changes):
+    """A short run on them."""
     given = dict(
-        model=str(folder / "model"),
-        dataset=str(folder / "train.jsonl"),
-        eval_every=0,
-        steps=6,
-        window=2,
-        lr=1e-3,
-        prompts_per_step=4,
-        group_size=4,
-        max_new_tokens=8,
-        temperature=1.0,
-        save_every=1,
-        show_every=0,
-        device="cpu",
-        out=str(out),
-    )
-    return Config(**{**given, **changes})
+        model=str(folder / "model"), dataset=str(folder / "train.jsonl"), eval_every=0, steps=6, window=2,
+        lr=1e-3, prompts_per_step=4, group_size=4, max_new_tokens=8, temperature=1.0, save_every=1,
+        show_every=0, device="cpu", out=str(out))
+    return Config(**given | changes)
 
 
 def coin(completion, answer):
@@ -157,22 +231,796 @@ def graded_by_coin(monkeypatch):
     monkeypatch.setattr(pipo, "grade", coin)
 
 
-def weights(path_or_model):
-    model = (
-        path_or_model
-        if isinstance(path_or_model, torch.nn.Module)
-        else AutoModelForCausalLM.from_pretrained(path_or_model)
-    )
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+
+
+def batch_of(model, tokenizer, group_size=4, max_new_tokens=16):
+    """A sampled batch with made-up rewards in which every group but the last is mixed."""
+    batch = sample(model, tokenizer, PROMPTS, group_size, max_new_tokens, generator=pipo.rng("cpu", 0))
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
+    batch.advantages = group_advantages(rewards)
+    return batch
+
+
+def weights(model):
+    """All weights of a model, or of the one in a folder, as one vector."""
+    if not isinstance(model, torch.nn.Module):
+        model = AutoModelForCausalLM.from_pretrained(model)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def saved(out):
+    """The checkpoint of a run."""
+    return torch.load(out / "checkpoint" / "state.pt")
+
+
 def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("seconds_") and k != "memory_gb"} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("seconds_", "memory_"))}
+            for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def own_process(*arguments):
+    """Arguments of subprocess: `python ...`, offline."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return dict(args=[sys.executable, *map(str, arguments)], cwd=HERE, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings. Every number has a bound and is held to it, and randomness depends on its key alone.
+# ------------------------------------------------------------------------------------------------------------
+
+TYPES = get_type_hints(Config)
+OUTSIDE_AND_INSIDE = {  # what a bound says, values just beyond it, and values just within
+    "above 0": ((0, -1), (1, 1e-9)),
+    "0 or more": ((-1, -1e-9), (0, 1)),
+    "at least 2": ((1, 0, -2), (2, 3)),
+    "in [0, 1]": ((-1e-9, 1.001), (0, 0.5, 1)),
+    "in [0, 1)": ((-1e-9, 1, 1.5), (0, 0.999)),
+    "in (0, 1]": ((0, -1, 1.001), (1e-9, 1)),
+    "finite": ((), (0, -1, 1e300)),
+}
+
+
+@pytest.mark.parametrize("f", [f for f in fields(Config) if TYPES[f.name] in (int, float)],
+                         ids=lambda f: f.name)
+def test_every_number_is_held_to_its_bound(f, monkeypatch):
+    """A setting out of its range, or nan, must be named at once, not fail (or train) an hour later."""
+    monkeypatch.setattr(pipo, "find_spec", lambda _: True)  # as if peft were there
+    outside, inside = OUTSIDE_AND_INSIDE[f.metadata["bound"]]
+    for value in (*outside, math.nan, math.inf, -math.inf):
+        sentence = f"{pipo.flag(f.name)} is {value!r}: it must be {f.metadata['bound']}"
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+            pipo.validate(Config(model="any", **{f.name: value}))
+    for value in inside:
+        if TYPES[f.name] is float or type(value) is int:
+            pipo.validate(Config(model="any", **{f.name: value}))
+
+
+@pytest.mark.parametrize("f", [f for f in fields(Config) if f.metadata["choices"]], ids=lambda f: f.name)
+def test_every_choice_is_one_of_those_named(f):
+    """From Python too: argparse guards only the command line."""
+    sentence = f"^{pipo.flag(f.name)} is 'other': it must be one of .*" + ".*".join(f.metadata["choices"])
+    with pytest.raises(UserError, match=sentence):
+        pipo.validate(Config(model="any", **{f.name: "other"}))
+    for choice in f.metadata["choices"]:
+        if choice != "cuda":
+            pipo.validate(Config(model="any", device="cpu", **{f.name: choice}))
+
+
+def test_a_generator_depends_on_its_key_alone():
+    """Guards against draws that change with what was drawn before, or that two purposes or steps share."""
+    def draw(*key):
+        return tuple(torch.randint(10**9, (4,), generator=pipo.rng("cpu", *key)).tolist())
+
+    keys = [(seed, what, step) for seed in (0, 1) for what in ("sample", "order") for step in (1, 2, 11)]
+    first = [draw(*key) for key in keys]
+    torch.manual_seed(5)
+    assert [draw(*key) for key in reversed(keys)] == first[::-1] and len(set(first)) == len(keys)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The mathematics. By hand, against slow obvious versions, by finite differences and by Monte Carlo.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_group_advantages_by_hand():
+    """[1, 0, 0, 1]: mean 0.5, sample std 0.5774. Guards against ddof 0, and noise where rewards are equal."""
+    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]]))
+    assert torch.allclose(advantages[0], torch.tensor([1, -1, -1, 1]) * 0.5 / 0.57735, atol=1e-4)
+    assert (advantages[1] == 0).all()
+    assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
+    without_std = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False)
+    assert torch.equal(without_std, torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
+    for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):  # one sample a group; no number
+        with pytest.raises(ValueError):
+            group_advantages(bad)
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_attribution_identities(normalize_std):
+    """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, however A is made; else 0."""
+    G = 8
+    for k in range(G + 1):
+        advantages = group_advantages(torch.tensor([[1.0] * k + [0.0] * (G - k)]), normalize_std)
+        a = improvement_rewards(advantages, 1.0)[0]
+        if k in (0, G):
+            assert (a == 0).all()
+            continue
+        assert torch.allclose(a[:k], torch.tensor(G / (2 * k)))
+        assert torch.allclose(a[k:], torch.tensor(-G / (2 * (G - k))))
+        assert math.isclose(a.abs().mean(), 1, rel_tol=1e-6)
+        assert torch.allclose(improvement_rewards(advantages, -0.3)[0], -0.3 * a)
+
+
+def test_tracker_by_hand():
+    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1.
+
+    Guards against ddof 0, against a window that holds the present (xi could then not reach 3), against a push
+    too many, and against a warm-up of the wrong length.
+    """
+    tracker = ImprovementTracker(window=3, lam=0.1)
+    for mu in (0.1, 0.2, 0.3):
+        assert tracker.feedback(mu) is None
+        tracker.push(mu)
+    for _ in range(3):  # reading changes nothing; xi, phi, mu_his, sigma_his
+        assert [round(x, 9) for x in tracker.feedback(0.5)] == [3.0, 3.0, 0.2, 0.1]
+    fall = tracker.feedback(0.1)
+    assert math.isclose(fall.xi, -1) and math.isclose(fall.phi, -0.1)
+    tracker.push(0.5)  # the oldest leaves: [0.2, 0.3, 0.5]
+    assert math.isclose(tracker.feedback(0.4).mu_his, 1 / 3)
+
+
+def test_tracker_without_spread_and_with_a_cut():
+    """sigma = 0 makes xi undefined, also where rounding would leave 1e-17; a cut xi; bad settings."""
+    tracker = ImprovementTracker(window=8)
+    for _ in range(8):
+        tracker.push(0.1)
+    assert tracker.full and tracker.feedback(0.9) is None
+    cut = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
+    for mu in (0.50, 0.51):
+        cut.push(mu)
+    assert (cut.feedback(0.9).xi, cut.feedback(0.1).xi, cut.feedback(0.1).phi) == (2.0, -2.0, -1.0)
+    assert list(cut.history) == [0.50, 0.51]
+    for window, lam in ((1, 0.1), (8, 1.5), (8, -0.1)):
+        with pytest.raises(ValueError):
+            ImprovementTracker(window, lam)
+
+
+def test_xi_on_a_plateau_and_on_a_trend():
+    """On a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2."""
+    noise, phis = random.Random(0), []
+    for _ in range(4000):
+        tracker = ImprovementTracker(8, 0.1)
+        for _ in range(8):
+            tracker.push(noise.gauss(0, 1))
+        phis.append(tracker.feedback(noise.gauss(0, 1)).phi)
+    assert abs(statistics.mean(phis) - 0.43) < 0.04
+    tracker = ImprovementTracker(8)
+    for t in range(8):
+        tracker.push(0.01 * t)
+    assert math.isclose(0.08 - tracker.feedback(0.08).mu_his, 0.01 * 9 / 2)
+
+
+def random_rows():
+    """Log-probabilities, those of the behavior policy, advantages and mask of 6 rows of up to 5 tokens."""
+    g, lengths = torch.Generator().manual_seed(0), [1, 5, 3, 2, 5, 4]
+    logprobs = (-torch.rand(6, 5, generator=g, dtype=torch.float64) * 2).requires_grad_()
+    behavior = logprobs.detach() + 0.4 * torch.randn(6, 5, generator=g, dtype=torch.float64)
+    mask = torch.tensor([[1.0] * n + [0.0] * (5 - n) for n in lengths], dtype=torch.float64)
+    return logprobs, behavior, torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.5], dtype=torch.float64), mask
+
+
+def loss_by_hand(logprobs, behavior, advantages, mask, base, max_new_tokens):
+    """The table of the four objectives, written as loops over Python floats."""
+    low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[base]
+    sequences = []
+    for lp, old, A, m in zip(logprobs.tolist(), behavior.tolist(), advantages.tolist(), mask.tolist()):
+        n = int(sum(m))
+        ratios = [math.exp(lp[t] - old[t]) for t in range(n)]
+        if base == "gspo":
+            ratios = [math.exp(sum(lp[t] - old[t] for t in range(n)) / n)] * n
+        sequences.append([-min(r * A, min(max(r, 1 - low), 1 + high) * A) for r in ratios])
+    tokens = [x for sequence in sequences for x in sequence]
+    if base in ("grpo", "gspo"):
+        return sum(sum(s) / len(s) for s in sequences) / len(sequences)
+    return sum(tokens) / (len(tokens) if base == "dapo" else len(sequences) * max_new_tokens)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_loss_against_scalar_loops_and_finite_differences(base):
+    """Guards against the wrong average, the wrong ratio, and a gradient that is not that of the loss."""
+    logprobs, *given = random_rows()
+    objective = BASES[base]._replace(max_new_tokens=9)
+    loss, metrics = policy_loss(logprobs, *given, objective)
+    assert math.isclose(loss.item(), loss_by_hand(logprobs, *given, base, 9), rel_tol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, *given, objective)[0], logprobs)
+    assert 0 < metrics["clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_losses_of_parts_add_up(base):
+    """Guards against a denominator that is the part's own: with the whole's counts, they sum to the whole."""
+    rows, objective = random_rows(), BASES[base]._replace(max_new_tokens=9)
+    whole, _ = policy_loss(*rows, objective)
+    parts = [policy_loss(*(x[part] for x in rows), objective, None, 6, rows[-1].sum())[0]
+             for part in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    assert math.isclose(sum(parts).item(), whole.item(), rel_tol=1e-12)
+    with pytest.raises(ValueError):  # (Q, G) advantages would broadcast into nonsense
+        policy_loss(rows[0], rows[1], rows[2].view(2, 3), rows[3], objective)
+
+
+@pytest.mark.parametrize("coefficient", [1.0, -1.0])
+def test_clip_on_both_signs(coefficient):
+    """The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down.
+
+    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough.
+    """
+    behavior, advantage, mask = torch.tensor([[-1.0]]), torch.tensor([coefficient]), torch.ones(1, 1)
+    for ratio in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0):
+        logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
+        loss, metrics = policy_loss(logprob, behavior, advantage, mask)
+        loss.backward()
+        moved_enough = ratio > 1.2 if coefficient > 0 else ratio < 0.8
+        assert (logprob.grad.item() == 0) == moved_enough == (metrics["clip_fraction"] == 1)
+        if not moved_enough:
+            assert math.isclose(logprob.grad.item(), -coefficient * ratio, rel_tol=1e-5)
+
+
+def test_kl_is_k3_and_averaged_like_the_loss():
+    """k3 = e^d - d - 1, d = log pi_ref - log pi, by hand on one token; advantages of 0 leave the KL alone."""
+    logprobs, reference = torch.tensor([[-1.0, -9.0]]), torch.tensor([[-1.5, -2.0]])
+    loss, metrics = policy_loss(logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]),
+                                BASES["grpo"]._replace(kl_coef=0.5), reference)
+    k3 = math.exp(-0.5) + 0.5 - 1
+    assert math.isclose(loss.item(), 0.5 * k3, rel_tol=1e-6) and math.isclose(metrics["kl"], k3, rel_tol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The update. Log-probabilities of the plain softmax, and a gradient that does not depend on how it is split.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
+    """The slow obvious version: one row at a time, all logits at once. Guards against the shift by one."""
+    batch = batch_of(model, tokenizer)
+    ours = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, 0.7, chunk=3)
+    for i, prompt in enumerate(batch.prompts):
+        row = batch.tokens[i, :int(batch.mask[i].sum())]
+        logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
+        plain = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(-1, row[:, None]).squeeze(-1)
+        assert torch.allclose(ours[i, :len(row)], plain, atol=1e-5) and (ours[i, len(row):] == 0).all()
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that only looks at gradients."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.seen = []
+
+    def step(self):
+        self.seen.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+
+
+def gradient_of(update_of, model):
+    """What update_of(optimizer) returns, and the gradient that the optimizer gets to see."""
+    recorder = Recorder(model)
+    return update_of(recorder), recorder.seen[-1]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
+    """Guards against a denominator per micro-batch, and against dropped rows missing from it.
+
+    Also against the last one's loss standing for the batch's. The oracle is one padded pass over all rows.
+    """
+    batch, results = batch_of(model, tokenizer), []
+    model, reference = moved(model), tiny_model(seed=3) if kl_coef else None
+    objective = BASES[base]._replace(max_new_tokens=16, kl_coef=kl_coef)
+    for budget in (1, 60, 10**9):
+        results.append(gradient_of(lambda optimizer: pipo.update(
+            model, optimizer, batch, batch.advantages, objective, 0.0, microbatch_tokens=budget,
+            max_grad_norm=1e9, reference=reference), model))
+    rows = batch.prompts, batch.tokens, batch.mask
+    ref_logprobs = token_logprobs(reference, *rows).detach() if kl_coef else None
+    loss, means = policy_loss(token_logprobs(model, *rows), batch.behavior_logprobs,
+                              batch.advantages.flatten(), batch.mask, objective, ref_logprobs)
+    plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    for metrics, gradient in results:
+        assert torch.allclose(gradient, plain, atol=1e-5 * plain.abs().max()) and plain.abs().max() > 0
+        assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-3, abs_tol=1e-6)
+        assert math.isclose(metrics["grad_norm"], plain.norm().item(), rel_tol=1e-4)
+        if kl_coef:
+            assert math.isclose(metrics["kl"], means["kl"], rel_tol=1e-4)
+
+
+def moved(model):
+    """A copy whose weights are a little elsewhere, so that ratios are not 1."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_minibatch_is_trained_as_a_batch_of_its_own(model, tokenizer, base):
+    """Guards against groups torn apart, and denominators or a gradient that reach beyond the minibatch."""
+    batch, model = batch_of(model, tokenizer), moved(model)
+    options = dict(objective=BASES[base]._replace(max_new_tokens=16), lr=0.0, max_grad_norm=1e9)
+    recorder = Recorder(model)
+    pipo.update(model, recorder, batch, batch.advantages, minibatches=2, **options)
+    assert len(recorder.seen) == 2
+    for half, seen in zip((slice(0, 8), slice(8, 16)), recorder.seen):
+        part = replace(batch, prompts=batch.prompts[half], tokens=batch.tokens[half], mask=batch.mask[half],
+                       behavior_logprobs=batch.behavior_logprobs[half])
+        _, alone = gradient_of(lambda o: pipo.update(
+            model, o, part, batch.advantages.flatten()[half].view(2, 4), **options), model)
+        assert torch.allclose(seen, alone, atol=1e-6 * alone.abs().max()) and alone.abs().max() > 0
+
+
+def test_microbatches_cover_every_row_once_within_budget():
+    """Guards against a row lost or trained twice, and a budget that counts tokens without their padding."""
+    lengths = torch.tensor([5, 50, 7, 7, 31, 2, 90, 12])
+    for rows in (list(range(8)), [1, 3, 4, 7]):
+        parts = pipo.microbatches(torch.tensor(rows), lengths, 64)
+        assert sorted(i for part in parts for i in part.tolist()) == rows
+        assert all(len(part) == 1 or len(part) * lengths[part].max() <= 64 for part in parts)
+
+
+@pytest.mark.parametrize("phi, direction", [(2.0, 1), (-0.2, -1)])
+def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, direction):
+    """xi < 0 must make the previous batch's right answers less likely, and its wrong ones more."""
+    model = tiny_model()
+    batch = batch_of(model, tokenizer)
+    rows = batch.prompts, batch.tokens, batch.mask
+    before = token_logprobs(model, *rows).sum(1).detach()
+    pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch,
+                improvement_rewards(batch.advantages, phi), BASES["grpo"], 0.1)
+    change = token_logprobs(model, *rows).sum(1).detach() - before
+    right, wrong = batch.advantages.flatten() > 0, batch.advantages.flatten() < 0
+    assert (change[right].mean() - change[wrong].mean()) * direction > 0
+
+
+def test_no_step_without_signal(tokenizer):
+    """AdamW moves weights on momentum and decay even when the gradient is zero: no signal, no step at all."""
+    model = tiny_model()
+    batch = batch_of(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], 1e-2)  # momentum to move on
+    before = weights(model)
+    metrics = pipo.update(model, optimizer, batch, torch.zeros_like(batch.advantages), BASES["grpo"], 1e-2)
+    assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_take_no_step_and_leave_no_gradient(tokenizer, broken, masters):
+    """A nan in AdamW's moments stays there for good, and a gradient left behind is part of the next step."""
+    model = tiny_model()
+    batch, parameters = batch_of(model, tokenizer), list(model.parameters())
+    optimizer = pipo.MasterAdamW(parameters, "cpu") if masters else torch.optim.AdamW(parameters)
+    pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], 1e-2)
+    adam = optimizer.adam if masters else optimizer
+    before, moments = weights(model), copy.deepcopy(adam.state_dict()["state"])
+    if broken == "loss":
+        batch.behavior_logprobs[0, 0] = math.nan
+    else:
+        parameters[-1].register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="loss .*gradient norm"):
+        pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], 1e-2)
+    assert all(p.grad is None for p in parameters) and torch.equal(weights(model), before)
+    torch.testing.assert_close(adam.state_dict()["state"], moments, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One iteration. What both steps are given under every base, feedback and setting, and when one is not taken.
+# ------------------------------------------------------------------------------------------------------------
+
+HALF_AND_HALF, ALL_WRONG = [[1, 1, 0, 0]], [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_both_steps_get_the_objective_and_the_settings(iterate, base):
+    """Guards against advantages of another base (Dr. GRPO's are not divided by the std), and a lost setting.
+
+    Also against a KL in the verification step, and a rate or a number of passes that are the other step's.
+    """
+    cfg = Config(base=base, window=2, kl_coef=0.01, clip_high=0.5, lr=1e-3, pi_lr=5e-4, temperature=0.9,
+                 minibatches=2, microbatch_tokens=77, max_grad_norm=3.0, max_new_tokens=9, epochs=2)
+    run = start(cfg, 0)
+    run.reference, run.model, run.optimizer = object(), SimpleNamespace(device=CPU), object()
+    b1, _, _ = iterate(run, [[1, 0, 0, 0], [1, 1, 1, 1]], cfg)
+    b2, row, (verification, *exploration) = iterate(run, [[1, 1, 1, 0], [0, 0, 0, 0]], cfg)
+    size = 1.0 if base == "dr_grpo" else 0.5  # of the std that is divided by
+    assert close(b1.advantages, [[0.75 / size, *[-0.25 / size] * 3], [0.0] * 4])
+    assert close(b2.advantages, [[*[0.25 / size] * 3, -0.75 / size], [0.0] * 4])
+    phi = 2**0.5 / 10  # of 3/8 against the window 0, 5/8; the attribution is the same whatever the base
+    assert close(verification.coefficients, [[2 * phi, *[-2/3 * phi] * 3], [0.0] * 4])
+    assert verification.batch is b1 and verification.lr == 5e-4 and verification.reference is None
+    assert len(exploration) == 2
+    for step in exploration:
+        assert step.batch is b2 and torch.equal(step.coefficients, b2.advantages)
+        assert step.lr == 1e-3 and step.reference is run.reference
+    for step in (verification, *exploration):
+        assert step.model is run.model and step.optimizer is run.optimizer
+        assert step.objective == BASES[base]._replace(clip_high=0.5, max_new_tokens=9, kl_coef=0.01)
+        assert (step.temperature, step.minibatches) == (0.9, 2)
+        assert (step.microbatch_tokens, step.max_grad_norm) == (77, 3.0)
+
+
+@pytest.mark.parametrize("verdict, changes, past_mean, previous, fresh", [
+    ("off", dict(feedback="none"), 1/8, HALF_AND_HALF, HALF_AND_HALF),
+    ("warmup", dict(window=3), 1/8, HALF_AND_HALF, HALF_AND_HALF),
+    ("sigma_zero", {}, 1/2, HALF_AND_HALF, HALF_AND_HALF),
+    ("zero", {}, 3/4, [[1, 0, 0, 0]], HALF_AND_HALF),  # the window is 3/4 and 1/4, the fresh mean 1/2
+    ("zero", dict(lam=0.0), 1/4, [[1, 1, 1, 0]], [[1, 0, 0, 0]]),  # a fall, and falls do not count
+    ("zero_signal", {}, 1/8, ALL_WRONG, HALF_AND_HALF)], ids=lambda x: x if type(x) is str else "")
+def test_where_there_is_no_verification_step(iterate, verdict, changes, past_mean, previous, fresh):
+    """No xi, phi = 0, or a batch without a mixed group: a step would move weights by momentum alone."""
+    cfg = Config(**dict(window=2) | changes)
+    run = start(cfg, past_mean)
+    iterate(run, previous, cfg)
+    batch, row, updates = iterate(run, fresh, cfg)
+    assert row["feedback"] == verdict and row["coefficient"] == 0
+    assert [update.batch for update in updates] == [batch]
+
+
+def test_the_window_takes_every_mean_once_and_first_verifies_at_step_k_plus_1(iterate):
+    """Guards against a batch judged by a window with itself in it, and a mean that is not pushed."""
+    cfg, means = Config(window=3), []
+    run = start(cfg)
+    for step, right in enumerate((1, 3, 2, 4, 0, 2, 3, 1), 1):
+        _, row, _ = iterate(run, [[1] * right + [0] * (4 - right)], cfg)
+        assert row["step"] == step and row["mu"] == right / 4 and (row["feedback"] == "warmup") == (step <= 3)
+        if step > 3:
+            xi = (row["mu"] - statistics.mean(means[-3:])) / statistics.stdev(means[-3:])
+            assert math.isclose(row["xi"], xi, abs_tol=1e-12)
+        means.append(row["mu"])
+
+
+@pytest.fixture
+def shuffled(iterate, monkeypatch):
+    """shuffled(seed): of each verified step its number, how many xi came before, and which it took."""
+    monkeypatch.setattr(pipo, "grade", lambda text, _: (float(text[7:-1]), None))  # what stands in the box
+
+    def all_steps(seed):
+        cfg = Config(feedback="shuffled", window=2, lam=0.5, seed=seed)
+        run, noise, xis, picks = start(cfg), random.Random(0), [], []
+        for step in range(1, 121):
+            torch.manual_seed(random.randrange(10**6))  # somebody else's draws must not matter
+            _, row, _ = iterate(run, [[noise.random(), 0.0]], cfg)
+            if row["feedback"] in ("positive", "negative"):
+                phis = [xi if xi >= 0 else 0.5 * xi for xi in xis]
+                picks.append((step, len(xis), phis.index(row["coefficient"])))
+            xis += [] if row["xi"] is None else [row["xi"]]
+        return picks
+
+    return all_steps
+
+
+def test_shuffled_draws_any_earlier_xi_by_seed_and_step(shuffled):
+    """Guards against a draw of always the last xi (nearly the true one), of the present one, or of luck."""
+    picks = shuffled(seed=0)
+    assert picks == shuffled(seed=0) and [step for step, _, _ in picks] == list(range(4, 121))
+    assert all(0 <= drawn < known == step - 3 for step, known, drawn in picks)
+    ages = [known - drawn for _, known, drawn in picks]  # 1: the last
+    assert Counter(ages).most_common(1)[0][1] < 20 and len(set(ages)) > 40
+    places = [drawn / (known - 1) for _, known, drawn in picks[1:]]
+    assert 0.4 < statistics.mean(places) < 0.6 and min(places) < 0.1 and max(places) > 0.9  # evenly
+    assert [drawn for _, _, drawn in shuffled(seed=1)] != [drawn for _, _, drawn in picks]
+
+
+def test_shuffled_draws_anew_at_every_step():
+    """Guards against one place in the past for a whole run: here the past is the same, the step is not."""
+    cfg = Config(feedback="shuffled", window=2)
+    run, seen, now = start(cfg, 1/8, 2/8), set(), pipo.Feedback(0.5, 0.5, 3/16, 1/8)
+    run.past_xi = [float(i) for i in range(1, 1001)]
+    for run.step in range(20):
+        value, verdict = pipo.feedback_coefficient(now, run, cfg)
+        assert (value, verdict) == pipo.feedback_coefficient(now, run, cfg) and value in run.past_xi
+        seen.add(value)
+    assert len(seen) > 15
+
+
+def test_constant_replaces_phi_and_nothing_else(iterate):
+    """Guards against a control that verifies at other times than PIPO, and a xi missing from its log."""
+    cfg = Config(feedback="constant", constant=0.43, window=2)
+    run = start(cfg, 1/8)
+    b1, row, _ = iterate(run, HALF_AND_HALF, cfg)
+    assert row["feedback"] == "warmup"
+    _, row, (verification, _) = iterate(run, [[1, 0, 0, 0]], cfg)
+    assert row["coefficient"] == 0.43 and row["xi"] < 0 and row["feedback"] == "positive"
+    assert verification.batch is b1
+    assert close(verification.coefficients, [[0.43, 0.43, -0.43, -0.43]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training. The loop as a whole: against GRPO written out, and from what the two updates are called with.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coin):
+    """Against GRPO written out: no tracker, one optimizer step a batch, one pass over all rows."""
+    cfg = settings(folder, tmp_path / "run", feedback="none", steps=4)
+    rows = pipo.train(cfg)
+    model, tokenizer = pipo.load_model(cfg.model, CPU), AutoTokenizer.from_pretrained(cfg.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    problems = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
+    for step in range(1, 5):
+        prompts = [problem.prompt for problem in pipo.pick_problems(problems, step, cfg)]
+        batch = sample(model, tokenizer, prompts, 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step))
+        A = group_advantages(torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)).flatten()
+        lengths = torch.tensor([len(p) for p in batch.prompts]) + batch.mask.sum(1)
+        order = (A != 0).nonzero().squeeze(1)
+        order = order[lengths[order].argsort(stable=True)]
+        width = int(batch.mask[order].sum(1).max())
+        mask = batch.mask[order, :width]
+        logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
+        ratio = (logprobs - batch.behavior_logprobs[order, :width]).exp()
+        surrogate = -torch.min(ratio * A[order, None], ratio.clamp(0.8, 1.2) * A[order, None])
+        ((surrogate * mask / mask.sum(1, keepdim=True)).sum() / 16).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights(model), weights(tmp_path / "run" / "model"))
+    assert {row["feedback"] for row in rows} == {"off"} and not any("pi_loss" in row for row in rows)
+
+
+def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatch):
+    """The order of one iteration in a real run, from what `update` is called with.
+
+    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration is on the
+    fresh one; mu counts every sample; xi is read from the K values before it.
+    """
+    calls, plain_update = [], pipo.update
+
+    def recorded(model, optimizer, batch, coefficients, **options):
+        calls.append((batch, coefficients.clone(), options["lr"]))
+        return plain_update(model, optimizer, batch, coefficients, **options)
+
+    monkeypatch.setattr(pipo, "update", recorded)
+    rows = pipo.train(settings(folder, tmp_path / "run", window=3, pi_lr=5e-4, steps=8))
+    assert [row["feedback"] for row in rows[:3]] == ["warmup"] * 3
+    assert rows[3]["feedback"] in ("positive", "negative")
+    mus, previous, made = [row["mu"] for row in rows], None, iter(calls)
+    for t, row in enumerate(rows):
+        if t >= 3:
+            window = mus[t - 3:t]
+            xi = (mus[t] - statistics.mean(window)) / statistics.stdev(window)
+            assert math.isclose(row["xi"], xi, rel_tol=1e-9)
+            assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
+            assert (row["feedback"] == "zero") == (row["xi"] == 0)  # neither up nor down: no step
+        if row["coefficient"]:
+            batch, coefficients, lr = next(made)
+            assert batch is previous and lr == 5e-4 and "pi_loss" in row
+            assert torch.allclose(coefficients, improvement_rewards(previous.advantages, row["phi"]))
+        batch, coefficients, lr = next(made)
+        assert batch is not previous and lr == 1e-3 and torch.equal(coefficients, batch.advantages)
+        rewards = torch.tensor([coin(text, "")[0] for text in batch.texts])
+        assert math.isclose(row["mu"], rewards.mean(), rel_tol=1e-6) and len(rewards) == 16
+        previous = batch
+    assert next(made, None) is None and len(calls) > len(rows) + 3
+
+
+@pytest.mark.parametrize("feedback", ["constant", "shuffled"])
+def test_controls_take_the_same_steps_with_another_coefficient(folder, tmp_path, graded_by_coin, feedback):
+    """A gain of PIPO must be told from that of one more step, scaled by a constant or an earlier xi's phi."""
+    rows = pipo.train(settings(folder, tmp_path / "run", feedback=feedback, steps=8, lam=0.5))
+    verified = ("positive", "negative")
+    used = [(t, row["coefficient"]) for t, row in enumerate(rows) if row["feedback"] in verified]
+    assert len(used) >= 4
+    for t, coefficient in used:
+        earlier = [row["xi"] for row in rows[:t] if row["xi"] is not None]
+        allowed = [0.43] if feedback == "constant" else [xi if xi >= 0 else 0.5 * xi for xi in earlier]
+        assert any(math.isclose(coefficient, value) for value in allowed)
+
+
+def test_minibatches_take_that_many_steps_in_both_updates(folder, tmp_path, graded_by_coin, monkeypatch):
+    """Guards against a verification of one step where exploration takes two, and steps not counted."""
+    steps = []
+
+    class Counting(torch.optim.AdamW):
+        def step(self):
+            steps.append(1)
+            super().step()
+
+    monkeypatch.setattr(pipo, "make_optimizer", lambda model, cfg: Counting(model.parameters(), lr=cfg.lr))
+    rows = pipo.train(settings(folder, tmp_path / "run", minibatches=2, steps=5))
+    taken = sum(2 - row["skipped_steps"] for row in rows)
+    taken += sum(2 - row["pi_skipped_steps"] for row in rows if "pi_loss" in row)
+    assert len(steps) == taken > 10
+
+
+def test_a_second_epoch_takes_a_second_step(folder, tmp_path, graded_by_coin):
+    """Guards against one epoch too few, and one whose ratio is taken against the policy after the first."""
+    runs = {n: pipo.train(settings(folder, tmp_path / str(n), steps=3, feedback="none", epochs=n))
+            for n in (1, 2)}
+    assert runs[1][0]["mu"] == runs[2][0]["mu"]
+    assert runs[1][0]["ratio"] == pytest.approx(1, abs=1e-5) and abs(runs[2][0]["ratio"] - 1) > 1e-5
+    for epochs in (1, 2):
+        assert next(iter(saved(tmp_path / str(epochs))["optimizer"]["state"].values()))["step"] == 3 * epochs
+
+
+@pytest.mark.parametrize("Q, n", [(5, 10), (3, 7), (10, 10), (25, 10), (3, 1)])
+def test_every_epoch_shows_every_problem_once(Q, n):
+    """Guards against an order that starts over on resume, and problems lost or doubled where an epoch ends.
+
+    Q does not divide n, or is larger than it: a step then takes from two epochs, or from several.
+    """
+    problems, cfg = list(range(n)), Config(prompts_per_step=Q)
+    steps = [pipo.pick_problems(problems, step, cfg) for step in range(1, 4 * n + 1)]
+    assert all(len(step) == Q for step in steps)
+    shown = sum(steps, [])
+    epochs = [shown[i:i + n] for i in range(0, len(shown), n)]
+    assert all(sorted(epoch) == problems for epoch in epochs) and len(epochs) == 4 * Q
+    assert n == 1 or sum(a == b for a, b in zip(epochs, epochs[1:])) == 0  # in a new order
+    assert pipo.pick_problems(problems, 3, cfg) == steps[2]  # from the step alone
+    other = sum((pipo.pick_problems(problems, step, replace(cfg, seed=1)) for step in (1, 2, 3)), [])
+    assert n == 1 or other != shown[:3 * Q]
+
+
+def test_evaluation_is_the_mean_grade_with_its_standard_error(model, tokenizer, graded_by_coin):
+    """Guards against groups where one answer a problem is meant, and sampling that is not training's."""
+    cfg = Config(max_new_tokens=16, temperature=0.8, top_p=0.9)
+    problems = [pipo.Problem("", prompt, "") for prompt in PROMPTS * 8]
+    scores = pipo.evaluate(model, tokenizer, problems, cfg, pipo.rng("cpu", 3))
+    batch = sample(model, tokenizer, [p.prompt for p in problems], 1, 16, 0.8, 0.9, pipo.rng("cpu", 3))
+    p = statistics.mean(coin(text, "")[0] for text in batch.texts)
+    assert scores["eval_pass@1"] == pytest.approx(p) and 0 < p < 1
+    assert scores["eval_stderr"] == pytest.approx((p * (1 - p) / 32) ** 0.5)
+    assert scores["eval_truncated"] == pytest.approx(batch.truncated.float().mean().item())
+
+
+def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
+    """Signals can only be caught on the main thread; the loop must not need them."""
+    results, cfg = [], settings(folder, tmp_path / "run", steps=2)
+    thread = threading.Thread(target=lambda: results.append(pipo.train(cfg)))
+    thread.start()
+    thread.join()
+    assert len(results[0]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling. What makes it fast (groups that share a cache, rows that are dropped or wait) changes no token.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_greedy(ours, plain, prompts, limit):
+    """A batch sampled greedily holds the tokens of transformers' generate, one prompt at a time, unpadded."""
+    for prompt, tokens, mask in zip(prompts, ours.tokens, ours.mask):
+        ids = torch.tensor([prompt], device=plain.device)
+        seen = torch.ones_like(ids)
+        theirs = plain.generate(ids, attention_mask=seen, do_sample=False, max_new_tokens=limit)[0]
+        assert tokens[mask == 1].tolist() == theirs[len(prompt):].tolist()
+
+
+def test_greedy_sampling_equals_generate(model, tokenizer):
+    """Guards against cache, position, padding and attention errors; prompts differ in length, rows drop out.
+
+    Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
+    """
+    plain = tiny_model()
+    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
+    assert plain.config._attn_implementation == "sdpa"
+    ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
+    check_greedy(ours, plain, prompts, 24)
+    lengths = ours.mask.sum(1).tolist()
+    assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
+
+
+@on_gpu
+def test_greedy_sampling_on_a_gpu_equals_generate(tokenizer):
+    """Other attention kernels, the same tokens (fp32: rounding must not decide between near equals)."""
+    model, plain = tiny_model().cuda(), tiny_model().cuda()
+    model.set_attn_implementation("shared_heads")
+    ours = sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60)
+    check_greedy(ours, plain, PROMPTS, 24)
+
+
+@pytest.mark.parametrize("temperature, top_p, cache_tokens", [
+    (1.0, 1.0, 10**6), (0.7, 1.0, 100), (1.3, 0.8, 100)])
+def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperature, top_p, cache_tokens):
+    """Guards against a ratio that is not 1 before any update: a temperature, or top-p, on one side only."""
+    batch = sample(model, tokenizer, PROMPTS, 8, 16, temperature, top_p, pipo.rng("cpu", 1), cache_tokens)
+    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, temperature, chunk=5)
+    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
+    assert batch.mask.sum(1).unique().numel() > 3 and (batch.behavior_logprobs[batch.mask == 1] < 0).all()
+
+
+def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
+    """A stop token outside the loss is never learned; a model with several EOS ids must stop at each."""
+    assert pipo.eos_ids(model, tokenizer) == [1, 5, 9]
+    batch, ended_by = batch_of(model, tokenizer, group_size=32, max_new_tokens=40), set()
+    for tokens, mask, cut in zip(batch.tokens, batch.mask, batch.truncated):
+        row = tokens[mask == 1].tolist()
+        assert not {1, 5, 9} & set(row[:-1]) and (row[-1] in (1, 5, 9)) != bool(cut)
+        assert mask[:len(row)].all() and not mask[len(row):].any()
+        ended_by.add(row[-1])
+    assert {1, 5, 9} <= ended_by
+    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
+    last = batch.mask.sum(1).long() - 1
+    loss, _ = policy_loss(logprobs, batch.behavior_logprobs, torch.ones(len(last)), batch.mask)
+    assert (torch.autograd.grad(loss, logprobs)[0].gather(1, last[:, None]) < 0).all()
+
+
+def test_groups_are_independent_draws_and_seeds_repeat(model, tokenizer):
+    """Guards against copies of a prompt sharing their first token (one draw for G rows), and hidden state."""
+    def drawn(seed):
+        return sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", seed)).tokens
+
+    first = drawn(5)
+    torch.rand(7)  # somebody else draws in between
+    assert first[:, 0].unique().numel() > 5
+    assert torch.equal(first, drawn(5)) and not torch.equal(first, drawn(6))
+
+
+def test_draws_follow_the_distribution():
+    """40,000 draws: the frequencies of softmax(logits / T); top-p keeps the smallest set with its mass."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40000, 4)
+    for temperature, top_p, expected in [
+            (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.7, [0.625, 0.375, 0, 0]),
+            (0.5, 1.0, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])]:
+        tokens, logprobs = pipo.draw(logits, temperature, top_p, pipo.rng("cpu", 0))
+        assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor(expected), atol=0.01)
+        if top_p < 1:  # of the full distribution all the same
+            assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))
+
+
+@pytest.mark.parametrize("trouble", ["little room", "out of memory"])
+def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkeypatch, trouble):
+    """Guards against a token lost, drawn twice or put in the wrong place when a wave is cut short.
+
+    Chance cannot pass it: greedy completions of several lengths, most of which are interrupted at least once.
+    """
+    whole = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0)
+    plain, sizes, room = model.forward, [], 100 if trouble == "little room" else None
+
+    def forward(ids, **options):
+        sizes.append(len(ids))
+        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[1] > 100:
+            raise torch.OutOfMemoryError
+        return plain(ids, **options)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(model, "forward", forward)
+    cut = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=room, prefill_tokens=30)
+    assert torch.equal(whole.tokens, cut.tokens) and torch.equal(whole.mask, cut.mask)
+    assert (whole.behavior_logprobs - cut.behavior_logprobs).abs().max() < 1e-5
+    assert max(sizes[10:]) < 16  # no wave held all rows for long
+    assert cut.cache_tokens == 100 if room else cut.cache_tokens <= 100  # what ran out is not asked for again
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):  # where not even one row fits, there is no going on
+        sample(model, tokenizer, PROMPTS, 4, 24)
+
+
+def test_the_cache_writes_in_place_and_drops_rows(model):
+    """Against transformers' own cache, token by token, with a row dropped and the others in another order."""
+    ids = torch.randint(2, 28, (3, 9), generator=torch.Generator().manual_seed(0))
+    ours, theirs, rows = pipo.DynamicCache(), pipo.DynamicCache(), torch.tensor([2, 0])
+    for cache in (ours, theirs):
+        model(ids[:, :4], past_key_values=cache, use_cache=True)
+    theirs.batch_select_indices(rows)
+    ours = pipo.move_rows([ours], rows, room=5)
+    storage = ours.layers[0].all_keys.data_ptr()
+    for t in range(4, 9):
+        logits = [model(ids[rows, t:t + 1], past_key_values=cache, use_cache=True).logits
+                  for cache in (ours, theirs)]
+        assert torch.allclose(*logits, atol=1e-5)
+    assert ours.get_seq_length() == 9 and ours.layers[0].all_keys.data_ptr() == storage
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The verifier. Each line of the two tables is a kind of answer and its pairs, both ways round.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 EQUAL = r"""
 integers, decimals: 42 = 42.0 | -7 = −7 | 12345 = 12{,}345 | 12345 = 12,\!345 | 1234567 = 1\,234\,567 | 004 = 4
@@ -354,14 +1202,14 @@ HOSTILE = [
 
 
 def hammer():
-    """All hostile inputs as answer, as gold and as both; the longest call in seconds."""
+    """All hostile inputs as answer, as gold and as both; the longest call in seconds of this thread's CPU time."""
     longest = 0.0
     for text in HOSTILE:
         box = r"\boxed{%s}" % text
         for completion, gold in ((box, "55"), (r"\boxed{55}", text), (text, text), (text * 9, "55"), (box, text)):
-            start = time.perf_counter()
+            start = time.thread_time()
             assert grade(completion, gold)[0] in ((0.0, 1.0) if gold == text else (0.0,)), text
-            longest = max(longest, time.perf_counter() - start)
+            longest = max(longest, time.thread_time() - start)
     return longest
 
 
@@ -378,7 +1226,7 @@ def test_hostile_inputs():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(times) == 3 and times[0] < 1.0  # a tenth of that on an idle machine
+    assert len(times) == 3 and max(times) < 2.0  # a tenth of that and less; of CPU time, as neighbours take the wall clock's
     assert before == state()
 
 
@@ -391,9 +1239,9 @@ def test_random_texts():
         a, b = ("".join(rng.choices(parts, k=rng.randrange(1, 25))) for _ in range(2))
         assert grade(a, b)[0] in (0.0, 1.0) and score(a, b) in (0.0, 1.0)
     for text in (r"\boxed{", "#### ", "<think>", "</think>", "answer is ", "$", "\n", "\\", "{", "}", r"\boxed{{}"):
-        start = time.perf_counter()
+        start = time.thread_time()
         grade(text * (1_000_000 // len(text)), "5")
-        assert time.perf_counter() - start < 1.0, text
+        assert time.thread_time() - start < 2.0, text
 
 
 def expression(rng, depth):
@@ -439,744 +1287,122 @@ def test_random_numbers():
         assert score(f"{p}/{q}", f"-{p}/-{q}") == 1.0 and score(f"{p}.001", f"{p}.002") == 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Data and models. Every layout that the README names, what is left out (and said so), and no dropout.
+# ------------------------------------------------------------------------------------------------------------
+
+ASKED = [{"role": "user", "content": "q"}]
+LAYOUTS = [
+    ({"prompt": ASKED, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
+    ({"prompt": ASKED, "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "solution": "y"},
+     "5"),
+    ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
+    ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
+    ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
+    ({"prompt": "q", "answer": 5}, "5"),
+    ({"prompt": "q", "solution": "\\boxed{5}"}, "5"),
+    ({"prompt": "q", "ground_truth": "5"}, "5")]
 
 
-def check_greedy(ours, plain, prompts, limit):
-    """A batch sampled greedily holds the tokens of transformers' generate, one prompt at a time: nothing is padded."""
-    for prompt, tokens, mask in zip(prompts, ours.tokens, ours.mask):
-        ids = torch.tensor([prompt], device=plain.device)
-        reference = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)[0]
-        assert tokens[mask == 1].tolist() == reference[len(prompt) :].tolist()
-
-
-def test_greedy_sampling_equals_generate(model, tokenizer):
-    """Guards against cache, position, padding and attention errors, with prompts of several lengths and dropped rows.
-
-    Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
-    """
-    plain, prompts = tiny_model(), [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
-    assert plain.config._attn_implementation == "sdpa"
-    ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
-    check_greedy(ours, plain, prompts, 24)
-    lengths = ours.mask.sum(1).tolist()
-    assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
-
-
-@pytest.mark.parametrize("temperature, top_p, cache_tokens", [(1.0, 1.0, 10**6), (0.7, 1.0, 100), (1.3, 0.8, 100)])
-def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperature, top_p, cache_tokens):
-    """Guards against a ratio that is not 1 before any update: other temperature, or top-p, on one of the two sides."""
-    batch = sample(model, tokenizer, PROMPTS, 8, 16, temperature, top_p, pipo.rng("cpu", 1), cache_tokens)
-    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, temperature, chunk=5)
-    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
-    assert (batch.mask.sum(1).unique().numel() > 3) and (batch.behavior_logprobs[batch.mask == 1] < 0).all()
-
-
-def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
-    """The slow obvious version: one row at a time, all logits at once. Guards against the shift by one."""
-    batch = batch_of(model, tokenizer)
-    ours = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, 0.7, chunk=3)
-    for i, prompt in enumerate(batch.prompts):
-        row = batch.tokens[i, : int(batch.mask[i].sum())]
-        logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
-        plain = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, row[:, None]).squeeze(-1)
-        assert torch.allclose(ours[i, : len(row)], plain, atol=1e-5) and (ours[i, len(row) :] == 0).all()
-
-
-def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
-    """A stop token outside the loss is never learned; a model with several EOS ids must stop at each of them."""
-    assert pipo.eos_ids(model, tokenizer) == [1, 5, 9]
-    batch = batch_of(model, tokenizer, group_size=32, max_new_tokens=40)
-    ended_by = set()
-    for tokens, mask, cut in zip(batch.tokens, batch.mask, batch.truncated):
-        row = tokens[mask == 1].tolist()
-        assert not {1, 5, 9} & set(row[:-1]) and (row[-1] in (1, 5, 9)) != bool(cut)
-        assert mask[: len(row)].all() and not mask[len(row) :].any()
-        ended_by.add(row[-1])
-    assert {1, 5, 9} <= ended_by
-    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
-    last = batch.mask.sum(1).long() - 1
-    gradient = torch.autograd.grad(
-        policy_loss(logprobs, batch.behavior_logprobs, torch.ones(len(last)), batch.mask)[0], logprobs
-    )[0]
-    assert (gradient.gather(1, last[:, None]) < 0).all()
-
-
-def test_groups_are_independent_draws_and_seeds_repeat(model, tokenizer):
-    """Guards against copies of a prompt sharing their first token (one draw for G rows), and against hidden state."""
-    first = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
-    torch.rand(7)  # somebody else draws in between
-    again = sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 5))
-    assert first.tokens[:, 0].unique().numel() > 5 and torch.equal(first.tokens, again.tokens)
-    assert not torch.equal(first.tokens, sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", 6)).tokens)
-
-
-def test_draws_follow_the_distribution():
-    """40,000 draws have the frequencies of softmax(logits / T); top-p keeps the smallest set that reaches its mass."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40000, 4)
-    tokens, logprobs = pipo.draw(logits, 1.0, 1.0, pipo.rng("cpu", 0))
-    assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.01)
-    tokens, logprobs = pipo.draw(logits, 1.0, 0.7, pipo.rng("cpu", 0))
-    assert torch.allclose(tokens.bincount(minlength=4) / 40000, torch.tensor([0.625, 0.375, 0, 0]), atol=0.01)
-    assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))  # of the full distribution all the same
-    tokens, _ = pipo.draw(logits, 0.5, 1.0, pipo.rng("cpu", 0))
-    assert torch.allclose(tokens.bincount(minlength=4)[0] / 40000, torch.tensor(0.25 / 0.365), atol=0.01)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages, attribution, tracker
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_group_advantages_by_hand():
-    """[1, 0, 0, 1].
-
-    Mean 0.5, sample std 0.5774. Guards against ddof 0, and against noise in groups of equal rewards.
-    """
-    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]]))
-    assert torch.allclose(advantages[0], torch.tensor([1, -1, -1, 1]) * 0.5 / 0.57735, atol=1e-4)
-    assert (advantages[1] == 0).all()
-    assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
-    assert torch.equal(
-        group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False),
-        torch.tensor([[0.75, -0.25, -0.25, -0.25]]),
-    )
-    for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):  # one sample a group; a reward that is no number
-        with pytest.raises(ValueError):
-            group_advantages(bad)
-
-
-@pytest.mark.parametrize("normalize_std", [True, False])
-def test_attribution_identities(normalize_std):
-    """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, however A is normalised; else 0."""
-    G = 8
-    for k in range(G + 1):
-        rewards = torch.tensor([[1.0] * k + [0.0] * (G - k)])
-        a = improvement_rewards(group_advantages(rewards, normalize_std), 1.0)[0]
-        if k in (0, G):
-            assert (a == 0).all()
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "folder"])
+def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
+    """Guards against a column taken for another where several would do, and a list read as text."""
+    for i, (row, gold) in enumerate(LAYOUTS):
+        if ending == "csv" and not all(isinstance(value, (str, int)) for value in row.values()):
             continue
-        assert torch.allclose(a[:k], torch.tensor(G / (2 * k))) and torch.allclose(
-            a[k:], torch.tensor(-G / (2 * (G - k)))
-        )
-        assert math.isclose(a.abs().mean(), 1, rel_tol=1e-6)
-        assert torch.allclose(improvement_rewards(group_advantages(rewards, normalize_std), -0.3)[0], -0.3 * a)
-
-
-def test_tracker_by_hand():
-    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1.
-
-    Guards against ddof 0, against a window that holds the present (xi could then not reach 3), against a push too many,
-    and against a warm-up of the wrong length.
-    """
-    tracker = ImprovementTracker(window=3, lam=0.1)
-    for mu in (0.1, 0.2, 0.3):
-        assert tracker.feedback(mu) is None
-        tracker.push(mu)
-    for _ in range(3):  # reading changes nothing
-        xi, phi, mu_his, sigma_his = tracker.feedback(0.5)
-        assert (round(xi, 9), round(phi, 9), round(mu_his, 9), round(sigma_his, 9)) == (3.0, 3.0, 0.2, 0.1)
-    fall = tracker.feedback(0.1)
-    assert math.isclose(fall.xi, -1) and math.isclose(fall.phi, -0.1)
-    tracker.push(0.5)  # the oldest leaves: [0.2, 0.3, 0.5]
-    assert math.isclose(tracker.feedback(0.4).mu_his, 1 / 3)
-
-
-def test_tracker_without_spread_clip_and_state():
-    """sigma = 0 makes xi undefined, also where rounding would leave 1e-17; a cut xi; a tracker saved and loaded."""
-    tracker = ImprovementTracker(window=8)
-    for _ in range(8):
-        tracker.push(0.1)
-    assert tracker.full and tracker.feedback(0.9) is None
-    clipped = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
-    for mu in (0.50, 0.51):
-        clipped.push(mu)
-    assert (clipped.feedback(0.9).xi, clipped.feedback(0.1).xi, clipped.feedback(0.1).phi) == (2.0, -2.0, -1.0)
-    loaded = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
-    loaded.load_state_dict(json.loads(json.dumps(clipped.state_dict())))
-    assert loaded.feedback(0.505) == clipped.feedback(0.505)
-    loaded.push(0.7)
-    assert list(loaded.history) == [0.51, 0.7] and list(clipped.history) == [0.50, 0.51]
-    for window, lam in ((1, 0.1), (8, 1.5), (8, -0.1)):
-        with pytest.raises(ValueError):
-            ImprovementTracker(window, lam)
-
-
-def test_xi_on_a_plateau_and_on_a_trend():
-    """Monte Carlo.
-
-    On a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2.
-    """
-    noise, phis = random.Random(0), []
-    for _ in range(4000):
-        tracker = ImprovementTracker(8, 0.1)
-        for _ in range(8):
-            tracker.push(noise.gauss(0, 1))
-        phis.append(tracker.feedback(noise.gauss(0, 1)).phi)
-    assert abs(statistics.mean(phis) - 0.43) < 0.04
-    tracker = ImprovementTracker(8)
-    for t in range(8):
-        tracker.push(0.01 * t)
-    assert math.isclose(0.08 - tracker.feedback(0.08).mu_his, 0.01 * 9 / 2)
-
-
-def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit():
-    """A two-armed softmax bandit: the mean GRPO gradient over that of p. Guards against mixing up the conditioning."""
-    torch.manual_seed(0)
-    p, G, n = 0.1, 8, 400_000
-    rewards = (torch.rand(n, G) < p).float()
-    spread = rewards.std(1, correction=0, keepdim=True)
-    advantages = torch.where(spread > 0, (rewards - rewards.mean(1, keepdim=True)) / spread, 0.0)
-    score = rewards - p  # d log pi(arm) / d logit
-    gradient, mixed = (advantages * score).mean(1), (spread > 0).squeeze(1)
-    for estimate, conditional in ((gradient, False), (gradient[mixed], True)):
-        eta, error = estimate.mean() / (p * (1 - p)), estimate.std() / len(estimate) ** 0.5 / (p * (1 - p))
-        assert abs(eta - gradient_distortion(p, G, conditional)) < 4 * error < 0.05
-    table = {
-        (0.1, True): 4.09,
-        (0.01, True): 33.8,
-        (0.001, True): 331,
-        (0.1, False): 2.33,
-        (0.01, False): 2.61,
-        (0.5, True): 1.87,
-    }
-    for (p, conditional), value in table.items():
-        assert math.isclose(gradient_distortion(p, 8, conditional), value, rel_tol=4e-3)
-    assert math.isclose(gradient_distortion(1e-9, 8), math.sqrt(7), rel_tol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def random_rows(N=6, T=5, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logprobs = (-torch.rand(N, T, generator=g, dtype=torch.float64) * 2).requires_grad_()
-    behavior = logprobs.detach() + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64)
-    lengths = [1, 5, 3, 2, 5, 4][:N]
-    mask = torch.tensor([[1.0] * n + [0.0] * (T - n) for n in lengths], dtype=torch.float64)
-    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.5], dtype=torch.float64)[:N]
-    return logprobs, behavior, advantages, mask
-
-
-def loss_by_hand(logprobs, behavior, advantages, mask, base, max_new_tokens):
-    """The table of the four objectives, written as loops over Python floats."""
-    low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[base]
-    sequences = []
-    for lp, old, A, m in zip(logprobs.tolist(), behavior.tolist(), advantages.tolist(), mask.tolist()):
-        n = int(sum(m))
-        ratios = [math.exp(lp[t] - old[t]) for t in range(n)]
-        if base == "gspo":
-            ratios = [math.exp(sum(lp[t] - old[t] for t in range(n)) / n)] * n
-        sequences.append([-min(r * A, min(max(r, 1 - low), 1 + high) * A) for r in ratios])
-    tokens = [x for sequence in sequences for x in sequence]
-    if base in ("grpo", "gspo"):
-        return sum(sum(s) / len(s) for s in sequences) / len(sequences)
-    return sum(tokens) / (len(tokens) if base == "dapo" else len(sequences) * max_new_tokens)
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_loss_against_scalar_loops_and_finite_differences(base):
-    """Guards against the wrong average, the wrong ratio, and a gradient that is not that of the loss."""
-    logprobs, behavior, advantages, mask = random_rows()
-    loss, metrics = policy_loss(logprobs, behavior, advantages, mask, base, max_new_tokens=9)
-    assert math.isclose(loss.item(), loss_by_hand(logprobs, behavior, advantages, mask, base, 9), rel_tol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda x: policy_loss(x, behavior, advantages, mask, base, max_new_tokens=9)[0], logprobs
-    )
-    assert 0 < metrics["clip_fraction"] < 1
-
-
-@pytest.mark.parametrize("coefficient", [1.0, -1.0])
-def test_clip_on_both_signs(coefficient):
-    """The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down already.
-
-    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough its way.
-    """
-    for ratio in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0):
-        logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
-        loss, metrics = policy_loss(logprob, torch.tensor([[-1.0]]), torch.tensor([coefficient]), torch.ones(1, 1))
-        loss.backward()
-        moved_enough = ratio > 1.2 if coefficient > 0 else ratio < 0.8
-        assert (logprob.grad.item() == 0) == moved_enough == (metrics["clip_fraction"] == 1)
-        if not moved_enough:
-            assert math.isclose(logprob.grad.item(), -coefficient * ratio, rel_tol=1e-5)
-
-
-def test_kl_is_k3_and_averaged_like_the_loss():
-    """k3 = e^d - d - 1 with d = log pi_ref - log pi, by hand on one token; zero advantages leave the KL alone."""
-    logprobs, reference = torch.tensor([[-1.0, -9.0]]), torch.tensor([[-1.5, -2.0]])
-    loss, metrics = policy_loss(
-        logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]), ref_logprobs=reference, kl_coef=0.5
-    )
-    k3 = math.exp(-0.5) + 0.5 - 1
-    assert math.isclose(loss.item(), 0.5 * k3, rel_tol=1e-6) and math.isclose(metrics["kl"], k3, rel_tol=1e-6)
-
-
-def gradient_of(update_of, model):
-    """The gradient that an optimizer gets to see."""
-
-    class Recorder(torch.optim.SGD):
-        def step(self):
-            self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).clone()
-
-    recorder = Recorder(model.parameters(), lr=0.0)
-    return update_of(recorder), recorder.seen
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
-    """Guards against a denominator per micro-batch, and against dropped rows missing from it.
-
-    Also against the last one's loss standing for the batch's. The oracle is one padded pass over all rows.
-    """
-    batch, results = batch_of(model, tokenizer), []
-    model, reference = copy.deepcopy(model), tiny_model(seed=3) if kl_coef else None
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))  # so that ratios are not 1
-    for budget in (1, 60, 10**9):
-        cfg = Config(
-            base=base, kl_coef=kl_coef, microbatch_tokens=budget, max_grad_norm=1e9, temperature=1.0, max_new_tokens=16
-        )
-        results.append(
-            gradient_of(lambda o: pipo.update(model, o, batch, batch.advantages, cfg, 0.0, reference), model)
-        )
-    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
-    ref_logprobs = token_logprobs(reference, batch.prompts, batch.tokens, batch.mask).detach() if kl_coef else None
-    loss, means = policy_loss(
-        logprobs,
-        batch.behavior_logprobs,
-        batch.advantages.flatten(),
-        batch.mask,
-        base,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        max_new_tokens=16,
-    )
-    plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    for metrics, gradient in results:
-        assert torch.allclose(gradient, plain, atol=1e-5 * plain.abs().max()) and plain.abs().max() > 0
-        assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-3, abs_tol=1e-6)
-        assert math.isclose(metrics["grad_norm"], plain.norm().item(), rel_tol=1e-4)
-        if kl_coef:
-            assert math.isclose(metrics["kl"], means["kl"], rel_tol=1e-4)
-
-
-def test_microbatches_cover_every_row_once_within_budget():
-    lengths = torch.tensor([5, 50, 7, 7, 31, 2, 90, 12])
-    parts = pipo.microbatches(lengths, 64)
-    assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
-    assert all(len(part) == 1 or len(part) * lengths[part].max() <= 64 for part in parts)
-
-
-@pytest.mark.parametrize("phi, direction", [(2.0, 1), (-0.2, -1)])
-def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, direction):
-    """xi < 0 must lower the log-probability of the previous batch's right answers and raise that of its wrong ones."""
-    model = tiny_model()
-    batch = batch_of(model, tokenizer)
-    before = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach()
-    cfg = Config(temperature=1.0, max_new_tokens=16)
-    pipo.update(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), batch, improvement_rewards(batch.advantages, phi), cfg, 0.1
-    )
-    moved = token_logprobs(model, batch.prompts, batch.tokens, batch.mask).sum(1).detach() - before
-    right, wrong = batch.advantages.flatten() > 0, batch.advantages.flatten() < 0
-    assert (moved[right].mean() - moved[wrong].mean()) * direction > 0
-
-
-def test_no_step_without_signal(tokenizer):
-    """AdamW moves weights on momentum and decay even when the gradient is zero.
-
-    A batch without signal takes no step.
-    """
-    model = tiny_model()
-    batch = batch_of(model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    cfg = Config(temperature=1.0, max_new_tokens=16)
-    pipo.update(model, optimizer, batch, batch.advantages, cfg, 1e-2)  # momentum to move on
-    before = weights(model)
-    metrics = pipo.update(model, optimizer, batch, torch.zeros_like(batch.advantages), cfg, 1e-2)
-    assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coin):
-    """Against GRPO written out: no tracker, one optimizer step a batch, one pass over all rows."""
-    cfg = settings(folder, tmp_path / "run", feedback="none", steps=4)
-    rows = pipo.train(cfg)
-    model, tokenizer = pipo.load_model(cfg.model, torch.device("cpu")), AutoTokenizer.from_pretrained(cfg.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    problems = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
-    for step in range(1, 5):
-        chosen = pipo.pick_problems(problems, step, cfg)
-        batch = sample(
-            model, tokenizer, [p.prompt for p in chosen], 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step)
-        )
-        A = group_advantages(torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)).flatten()
-        rows_ = (A != 0).nonzero().squeeze(1)
-        order = rows_[
-            torch.tensor([len(batch.prompts[i]) + int(batch.mask[i].sum()) for i in rows_]).argsort(stable=True)
-        ]
-        width = int(batch.mask[order].sum(1).max())
-        mask = batch.mask[order, :width]
-        logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
-        ratio = (logprobs - batch.behavior_logprobs[order, :width]).exp()
-        surrogate = -torch.min(ratio * A[order, None], ratio.clamp(0.8, 1.2) * A[order, None])
-        ((surrogate * mask / mask.sum(1, keepdim=True)).sum() / 16).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert torch.equal(weights(model), weights(tmp_path / "run" / "model"))
-    assert {row["feedback"] for row in rows} == {"off"} and not any("pi_loss" in row for row in rows)
-
-
-def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatch):
-    """The order of one iteration, from what `update` is called with.
-
-    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration's ratio is against
-    the policy that sampled; mu counts every sample; xi is read from the K values before it.
-    """
-    calls, plain_update = [], pipo.update
-
-    def recorded(model, optimizer, batch, coefficients, cfg, lr, reference=None):
-        calls.append((batch, coefficients.clone(), lr))
-        return plain_update(model, optimizer, batch, coefficients, cfg, lr, reference)
-
-    monkeypatch.setattr(pipo, "update", recorded)
-    rows = pipo.train(settings(folder, tmp_path / "run", window=3, pi_lr=5e-4, steps=8))
-    assert [row["feedback"] for row in rows[:3]] == ["warmup"] * 3 and rows[3]["feedback"] in ("positive", "negative")
-    mus, k, previous = [row["mu"] for row in rows], 0, None
-    for t, row in enumerate(rows):
-        if t >= 3:
-            window = mus[t - 3 : t]
-            assert math.isclose(row["xi"], (mus[t] - statistics.mean(window)) / statistics.stdev(window), rel_tol=1e-9)
-            assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
-            assert (row["feedback"] == "zero") == (row["xi"] == 0)  # neither up nor down: no step
-        if row["coefficient"]:
-            batch, coefficients, lr = calls[k]
-            k += 1
-            assert batch is previous and lr == 5e-4 and "pi_loss" in row
-            assert torch.allclose(coefficients, improvement_rewards(previous.advantages, row["phi"]))
-        batch, coefficients, lr = calls[k]
-        k += 1
-        assert batch is not previous and lr == 1e-3 and torch.equal(coefficients, batch.advantages)
-        rewards = torch.tensor([coin(text, "")[0] for text in batch.texts])
-        assert math.isclose(row["mu"], rewards.mean(), rel_tol=1e-6) and len(rewards) == 16
-        previous = batch
-    assert k == len(calls) > len(rows) + 3
-
-
-@pytest.mark.parametrize("feedback", ["constant", "shuffled"])
-def test_controls_take_the_same_steps_with_another_coefficient(folder, tmp_path, graded_by_coin, feedback):
-    """A gain of PIPO must be told from that of one more step.
-
-    Same steps, coefficient a constant or an earlier xi's phi.
-    """
-    rows = pipo.train(settings(folder, tmp_path / "run", feedback=feedback, steps=8, lam=0.5))
-    used = [(t, row["coefficient"]) for t, row in enumerate(rows) if row["feedback"] in ("positive", "negative")]
-    assert len(used) >= 4
-    for t, coefficient in used:
-        earlier = [row["xi"] for row in rows[:t] if row["xi"] is not None]
-        allowed = [0.43] if feedback == "constant" else [xi if xi >= 0 else 0.5 * xi for xi in earlier]
-        assert any(math.isclose(coefficient, value) for value in allowed)
-
-
-def test_minibatches_take_that_many_steps_in_both_updates(folder, tmp_path, graded_by_coin, monkeypatch):
-    steps = []
-    monkeypatch.setattr(pipo, "make_optimizer", lambda model, cfg: CountingAdamW(steps, model.parameters(), lr=cfg.lr))
-    rows = pipo.train(settings(folder, tmp_path / "run", minibatches=2, steps=5))
-    taken = sum(2 - row["skipped_steps"] + (2 - row["pi_skipped_steps"] if "pi_loss" in row else 0) for row in rows)
-    assert len(steps) == taken > 10
-
-
-class CountingAdamW(torch.optim.AdamW):
-    def __init__(self, steps, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.steps = steps
-
-    def step(self):
-        self.steps.append(1)
-        super().step()
-
-
-def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
-    """12 steps, and 7 resumed to 12: same metrics, same bits.
-
-    Guards against a lost window, batch, moment or data order. The metrics behind the checkpoint that a kill leaves, and
-    a line cut in half, must go, not stand there twice.
-    """
-    whole = pipo.train(settings(folder, tmp_path / "whole", steps=12, feedback="shuffled", kl_coef=0.01))
-    pipo.train(settings(folder, tmp_path / "broken", steps=7, feedback="shuffled", kl_coef=0.01))
-    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 8, "mu": 9}) + "\n" + '{"step": 9, "m')
-    resumed = pipo.train(
-        settings(folder, tmp_path / "broken", steps=12, feedback="shuffled", kl_coef=0.01, resume=True)
-    )
-    assert without_times(whole) == without_times(resumed) and len(whole) == 12
-    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
-    assert len({row["mu"] for row in whole}) > 3 and any(row["feedback"] == "negative" for row in whole)
-
-
-RUN = """
-import os, sys, signal, torch, pipo, test_pipo
-pipo.grade = test_pipo.coin
-{patch}
-sys.exit(pipo.main(sys.argv[1:]))
-"""
-
-
-def command(folder, out, *flags, patch=""):
-    arguments = [
-        "--model",
-        folder / "model",
-        "--dataset",
-        folder / "train.jsonl",
-        "--eval-every",
-        "0",
-        "--window",
-        "2",
-        "--lr",
-        "1e-3",
-        "--prompts-per-step",
-        "4",
-        "--group-size",
-        "4",
-        "--max-new-tokens",
-        "8",
-        "--out",
-        out,
-        *flags,
-    ]
-    return [sys.executable, "-c", RUN.format(patch=patch), *map(str, arguments)]
-
-
-def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path):
-    """Guards against writing over the only checkpoint: a SIGKILL with half of step 4's on the disk, then resume."""
-    patch = """
-plain_save = torch.save
-def save(state, file):
-    if state["step"] == 4:
-        file.write(b"half of it"); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
-    plain_save(state, file)
-torch.save = save
-"""
-    flags = ["--steps", "6", "--save-every", "2"]
-    killed = subprocess.run(command(folder, tmp_path / "run", *flags, patch=patch), cwd=HERE, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] == 2
-    resumed = subprocess.run(
-        command(folder, tmp_path / "run", *flags, "--resume"), cwd=HERE, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert [row["step"] for row in pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
-    run = subprocess.Popen(
-        command(folder, tmp_path / "run", "--steps", "100000", "--save-every", "100000"),
-        cwd=HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.time() + 60
-    while len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 3 and time.time() < deadline:
-        time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 130 and "--resume" in said and "Traceback" not in said
-    step = torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"]
-    assert step >= 3 and pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
-
-
-def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
-    """Metrics hold every number that the README explains; the model folder loads as any other."""
-    cfg = settings(
-        folder, tmp_path / "run", eval_every=2, eval_dataset=str(folder / "train.jsonl"), kl_coef=0.01, steps=4
-    )
-    rows = pipo.train(cfg)
-    expected = (
-        "step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm clip_fraction ratio "
-        "logprob_gap entropy kl truncated zero_signal completion_length tokens seconds_sample seconds_grade "
-        "seconds_verification seconds_exploration memory_gb eval_pass@1"
-    ).split()
-    assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
-    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 1e-3
-    assert {"problem", "completion", "reward"} <= set(pipo.read_jsonl(tmp_path / "run" / "samples.jsonl")[0])
-    AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-    assert not torch.equal(weights(tmp_path / "run" / "model"), weights(folder / "model"))
-
-
-def test_noise_in_the_rewards_and_a_second_epoch(folder, tmp_path, graded_by_coin):
-    """Guards against noise that changes with the arm (seed and step alone decide), and against one epoch too few."""
-    runs = [
-        pipo.train(settings(folder, tmp_path / name, steps=3, feedback=feedback, reward_noise=0.25, epochs=epochs))
-        for name, feedback, epochs in (("a", "none", 1), ("b", "pipo", 1), ("c", "none", 2))
-    ]
-    plain = pipo.train(settings(folder, tmp_path / "d", steps=3, feedback="none"))
-    assert runs[0][0]["mu"] == runs[1][0]["mu"] == runs[2][0]["mu"]
-    assert [row["mu"] for row in runs[0]] != [row["mu"] for row in plain]
-    assert runs[0][0]["ratio"] == pytest.approx(1, abs=1e-5) and abs(runs[2][0]["ratio"] - 1) > 1e-5
-    state = torch.load(tmp_path / "c" / "checkpoint" / "state.pt")["optimizer"]["state"]
-    assert next(iter(state.values()))["step"] == 6
+        name = tmp_path / (f"{i}.{ending}" if ending != "folder" else str(i))
+        rows = Dataset.from_list([row, row])
+        if ending == "folder":
+            name.mkdir()
+            rows.to_parquet(name / "train.parquet")
+        elif ending == "json":
+            name.write_text(json.dumps([row, row]))
+        else:
+            {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
+        rows = pipo.load_rows(str(name), "train")
+        problems = pipo.read_problems(rows, tokenizer, Config(instruction=" box"), "rows")
+        assert [p.answer for p in problems] == [gold, gold]
+        asked = "q" if isinstance(row.get("prompt"), list) else "q box"  # no instruction behind messages
+        assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
+
+
+def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer, capsys):
+    """Guards against problems that no answer can solve, and a data set that shrinks without a word."""
+    rows = Dataset.from_list([
+        {"problem": "ab", "solution": "\\boxed{1}"}, {"problem": "ab", "solution": "no box"},
+        {"problem": "ab", "solution": None}, {"problem": "abcdefgh", "solution": "\\boxed{1}"}])
+    assert len(pipo.read_problems(rows, tokenizer, Config(max_prompt_tokens=5, instruction=""), "rows")) == 1
+    said = capsys.readouterr().out
+    assert "left out of rows: 2 without a question or an answer; 1 with a prompt over 5 tokens" in said
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    """Without its template a chat model never emits EOS and every reward is 0."""
+    chat, messages = copy.deepcopy(tokenizer), [{"role": "user", "content": "abc"}]
+    chat.chat_template = (
+        "{% for m in messages %}u{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}g{% endif %}{% if not enable_thinking %}n{% endif %}")
+    assert chat.decode(pipo.encode(chat, messages)) == "uabcgn"
+    assert chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
+    assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
 
 
 def test_dropout_is_off(tokenizer, tmp_path):
-    """With dropout in the training pass the ratio is not 1 before any update, and gspo's narrow clip eats the signal.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
-    ).save_pretrained(tmp_path)
-    model = pipo.load_model(str(tmp_path), torch.device("cpu"))
+    """With dropout the ratio is not 1 before any update, and gspo's narrow clip eats the signal."""
+    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = pipo.load_model(str(tmp_path), CPU)
     batch = batch_of(model, tokenizer)
-    metrics = pipo.update(
-        model, torch.optim.SGD(model.parameters(), lr=0.0), batch, batch.advantages, Config(temperature=1.0), 0.0
-    )
+    metrics = pipo.update(model, Recorder(model), batch, batch.advantages, BASES["gspo"], 0.0)
     assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
 
 
 def test_weights_are_float32(folder):
-    """bf16 weights swallow updates at a learning rate of 1e-6: masters must be fp32."""
+    """bf16 weights swallow updates at a rate of 1e-6: where nothing else is asked for, weights are fp32."""
     half = AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
     half.save_pretrained(folder / "half")
-    model = pipo.load_model(str(folder / "half"), torch.device("cpu"))
+    model = pipo.load_model(str(folder / "half"), CPU)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config._attn_implementation == "shared_heads"
 
 
-def test_prompts_of_a_step_depend_on_the_step_alone():
-    """Guards against a data order that starts over on resume: each epoch shows every problem once, in a new order."""
-    problems, cfg = list(range(10)), Config(prompts_per_step=5)
-    epochs = [pipo.pick_problems(problems, s, cfg) + pipo.pick_problems(problems, s + 1, cfg) for s in (1, 3)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == problems and epochs[0] != epochs[1]
-    assert pipo.pick_problems(problems, 7, cfg) == pipo.pick_problems(problems, 7, cfg)
-
-
-def test_the_demo_end_to_end_through_the_command_line(tmp_path):
-    """The command of the README at a tiny size: it must run from nothing, offline, and leave its files."""
-    flags = "--warm-start 0.02 --steps 3 --window 2 --prompts-per-step 4 --group-size 4 --eval-limit 32".split()
-    flags += ["--show-every", "1"]
-    run = subprocess.run(
-        [sys.executable, "pipo.py", *flags, "--out", tmp_path / "demo"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "held-out pass@1" in run.stdout and "feedback" in run.stdout and "step 1, reward" in run.stdout + run.stderr
-    assert len(pipo.read_jsonl(tmp_path / "demo" / "metrics.jsonl")) == 4 and (tmp_path / "demo" / "model").is_dir()
-
-
-def test_demo_problems_are_right_and_disjoint():
-    evaluation, warm, training = pipo.demo_rows(0)
-    assert len(evaluation) >= 500
-    asked = [{row["problem"] for row in rows} for rows in (evaluation, warm, training)]
-    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
-    for row in warm[:200]:
-        a, b = map(int, row["problem"].rstrip("?").split("+"))
-        assert int(row["answer"]) == a + b and pipo.verify(row["worked"], row["answer"]) == 1.0
-    assert pipo.demo_rows(0)[0] != pipo.demo_rows(1)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed and memory: what makes it fast or small must not change what is computed
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trouble", ["little room", "out of memory"])
-def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkeypatch, trouble):
-    """Guards against a token lost, drawn twice or put in the wrong place when a wave is cut short.
-
-    Chance cannot pass it: greedy completions of several lengths, most of which are interrupted at least once.
-    """
-    whole = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0)
-    plain, sizes, room = model.forward, [], 100 if trouble == "little room" else None
-
-    def forward(ids, **options):
-        sizes.append(len(ids))
-        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[1] > 100:
-            raise torch.OutOfMemoryError
-        return plain(ids, **options)
-
-    monkeypatch.setattr(model, "forward", forward)
-    cut = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=room, prefill_tokens=30)
-    assert torch.equal(whole.tokens, cut.tokens) and torch.equal(whole.mask, cut.mask)
-    assert (whole.behavior_logprobs - cut.behavior_logprobs).abs().max() < 1e-5
-    assert max(sizes[10:]) < 16  # no wave held all rows for long
-    assert cut.cache_tokens == 100 if room else cut.cache_tokens <= 100  # what memory ran out of is not asked for again
-    monkeypatch.setattr(model, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(torch.OutOfMemoryError):  # where not even one row fits, there is no going on
-        sample(model, tokenizer, PROMPTS, 4, 24)
-
-
-def test_the_cache_writes_in_place_and_drops_rows(model):
-    """Against transformers' own cache, token by token, with a row dropped and the others put in another order."""
-    ids = torch.randint(2, 28, (3, 9), generator=torch.Generator().manual_seed(0))
-    ours, theirs = pipo.DynamicCache(), pipo.DynamicCache()
-    for cache in (ours, theirs):
-        model(ids[:, :4], past_key_values=cache, use_cache=True)
-    rows = torch.tensor([2, 0])
-    theirs.batch_select_indices(rows)
-    ours = pipo.Cache([pipo.RoomyLayer([layer], rows, 5) for layer in ours.layers])
-    storage = ours.layers[0].all_keys.data_ptr()
-    for t in range(4, 9):
-        logits = [model(ids[rows, t : t + 1], past_key_values=cache, use_cache=True).logits for cache in (ours, theirs)]
-        assert torch.allclose(*logits, atol=1e-5)
-    assert ours.get_seq_length() == 9 and ours.layers[0].all_keys.data_ptr() == storage
+# ------------------------------------------------------------------------------------------------------------
+# Memory. Masters are plain AdamW for fp32 weights, and keep what bf16 weights would lose; what fits where.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_masters_of_float32_weights_are_plain_adamw():
-    """The slow obvious version is torch's: same steps, same moments, to the last bit, also after saving and loading."""
+    """The slow obvious version is torch's: same steps and moments, to the last bit, also saved and loaded."""
     torch.manual_seed(0)
-    models_ = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in range(2)]
-    models_[1].load_state_dict(models_[0].state_dict())
-    plain = torch.optim.AdamW(models_[0].parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-    masters = pipo.MasterAdamW(models_[1].parameters(), "cpu", lr=1e-2, weight_decay=0.1)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)) for _ in range(2))
+    ours.load_state_dict(theirs.state_dict())
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    masters = pipo.MasterAdamW(ours.parameters(), "cpu", lr=1e-2, weight_decay=0.1)
     for step in range(6):
         x = torch.randn(4, 5)
-        for model_, optimizer in zip(models_, (plain, masters)):
-            model_(x).square().sum().backward()
+        for network, optimizer in ((theirs, plain), (ours, masters)):
+            network(x).square().sum().backward()
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (step + 1)
             optimizer.step()
             optimizer.zero_grad()
-        assert torch.equal(weights(models_[0]), weights(models_[1]))
+        assert torch.equal(weights(ours), weights(theirs))
         if step == 2:
             state = copy.deepcopy(masters.state_dict())
-            masters = pipo.MasterAdamW(models_[1].parameters(), "cpu", lr=1.0, weight_decay=0.1)
+            masters = pipo.MasterAdamW(ours.parameters(), "cpu", lr=1.0, weight_decay=0.1)
             masters.load_state_dict(state)
 
 
 def test_small_updates_of_bf16_weights_are_not_lost():
-    """At lr 1e-6 a bf16 weight of 1 never moves by itself (its neighbours are 0.004 away); its fp32 master does."""
-    moved = {}
-    for name in ("bf16 alone", "with masters"):
+    """At lr 1e-6 a bf16 weight of 1 never moves by itself (the next is 0.004 away); its fp32 master does."""
+    for make, where, expected in ((torch.optim.AdamW, [], 0.0),
+                                  (pipo.MasterAdamW, ["cpu"], pytest.approx(0.004, rel=0.05))):
         weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        options = dict(lr=1e-6, weight_decay=0.0)
-        optimizer = (
-            torch.optim.AdamW([weight], **options)
-            if name == "bf16 alone"
-            else pipo.MasterAdamW([weight], "cpu", **options)
-        )
+        optimizer = make([weight], *where, lr=1e-6, weight_decay=0.0)
         for _ in range(4000):
             weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
             optimizer.step()
-        moved[name] = (1 - weight.detach().float().mean()).item()
-    assert moved["bf16 alone"] == 0.0 and moved["with masters"] == pytest.approx(0.004, rel=0.05)
+        assert (1 - weight.detach().float().mean()).item() == expected
 
 
 def test_many_small_gradients_add_up_with_bf16_weights():
@@ -1190,9 +1416,10 @@ def test_many_small_gradients_add_up_with_bf16_weights():
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("changes", [dict(dtype="bfloat16"), dict(lora=4, kl_coef=0.01)], ids=["bf16", "lora"])
+@pytest.mark.parametrize("changes", [
+    pytest.param(dict(dtype="bfloat16"), id="bf16"), pytest.param(dict(lora=4, kl_coef=0.01), id="lora")])
 def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded_by_coin, changes):
-    """bf16 weights with masters, and LoRA: a resumed run equals an unbroken one, and what is saved can be loaded.
+    """bf16 weights with masters, and LoRA: a resumed run equals an unbroken one; what is saved can be loaded.
 
     Guards against masters rebuilt from the rounded weights, and against adapters left out of the checkpoint.
     """
@@ -1202,42 +1429,49 @@ def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded
     pipo.train(settings(folder, tmp_path / "broken", steps=4, **changes))
     resumed = pipo.train(settings(folder, tmp_path / "broken", resume=True, **changes))
     assert without_times(whole) == without_times(resumed) and any("pi_loss" in row for row in whole)
-    models_ = [weights(tmp_path / run / "model") for run in ("whole", "broken")]
-    assert torch.equal(*models_) and not torch.equal(models_[0], weights(folder / "model"))
+    unbroken, broken = (weights(tmp_path / run / "model") for run in ("whole", "broken"))
+    assert torch.equal(unbroken, broken) and not torch.equal(unbroken, weights(folder / "model"))
     if "lora" in changes:
-        assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6  # adapters off: the start
+        # the reference is the model with its adapters off, which at the start is the model
+        assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6
         assert not (tmp_path / "whole" / "model" / "model.safetensors").exists()  # the adapters alone
     assert whole[0]["logprob_gap"] < (0.05 if "dtype" in changes else 1e-4)
 
 
-QWEN3_4B = dict(
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+@on_gpu
+@pytest.mark.parametrize("optimizer_device", ["cpu", "cuda"])
+def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, optimizer_device):
+    """bf16 weights on the card, masters here or there: the policy that samples is the one that is trained."""
+    changes = dict(device="cuda", optimizer_device=optimizer_device)
+    pipo.train(settings(folder, tmp_path / "run", steps=4, **changes))
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=6, resume=True, **changes))
+    assert len(rows) == 6 and all(row["logprob_gap"] < 0.05 for row in rows) and rows[-1]["memory_gb"] < 4
+
+
+QWEN3_4B = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128)
 
 
 def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
     """The arithmetic for 4B: 8.0 GB of bf16 weights, 48 GB of masters and moments, 144 KiB of cache a token.
 
-    They go to the host where that leaves the card to the cache; what cannot fit is refused before anything is loaded.
+    They go to the host where that leaves the card to the cache; what cannot fit is refused beforehand.
     """
     with torch.device("meta"):
         shapes = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, tie_word_embeddings=True, **QWEN3_4B))
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(pipo.shutil, "disk_usage", lambda _: type("disk", (), {"free": 1e12}))
+    monkeypatch.setattr(pipo.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
 
     def plan(gpu, host, **changes):
-        monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": gpu, "cpu": host}[device.type] * 1e9)
-        return pipo.plan_memory(shapes, Config(model="4b", **changes), cuda, tmp_path)
+        monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": gpu, "cpu": host}[device] * 1e9)
+        return pipo.plan_memory(shapes, Config(model="4b", **changes), torch.device("cuda"), tmp_path)
 
     cfg, table = plan(80, 128)
     assert cfg.dtype == "bfloat16" and cfg.optimizer_device == "cpu" and 400_000 < cfg.cache_tokens < 470_000
-    assert "7.49 GiB on cuda" in table and "44.95 GiB on cpu" in table and len(table.splitlines()) == 8
-    assert 200_000 < plan(48, 128)[0].cache_tokens < 250_000
+    assert "7.49 GiB on cuda" in table and "44.95 GiB on cpu" in table
+    assert all(re.search(r" [\d.]+ GiB on (cuda|cpu|disk)$", line) for line in table.splitlines())
+    smaller = plan(48, 128)[0].cache_tokens
+    assert 200_000 < smaller < 250_000  # a token takes 36 layers x 8 heads x 128 x 2 x 2 bytes
+    assert cfg.cache_tokens - smaller == pytest.approx(32e9 * 15/16 / (144 * 1024), abs=1)
     # free memory that the system does not tell
     assert plan(math.inf, math.inf, dtype="float32", cache_tokens=None)[0].cache_tokens == 1024 * (512 + 4096)
     assert plan(80, 128, cache_tokens=50_000)[0].cache_tokens == 50_000
@@ -1245,127 +1479,198 @@ def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
     assert on_the_card.optimizer_device == "cuda" and 100_000 < on_the_card.cache_tokens < 140_000
     assert plan(140, 40)[0].optimizer_device == "cuda"  # no room in the host
     for gpu, host, changes, sentence in [
-        (24, 128, {}, "GiB on cuda, where 21.0 are free"),  # gradients in fp32 alone take 16
-        (80, 30, dict(optimizer_device="cpu"), "GiB on cpu, where 26.2 are free"),
-        (24, 128, dict(kl_coef=0.1), "GiB on cuda"),  # a reference policy is 8 GB more
-        (80, 128, dict(cache_tokens=1000), "the cache has room for 1,000 tokens"),
-    ]:
+            (24, 128, {}, "GiB on cuda, where 21.0 are free"),  # gradients in fp32 alone take 16
+            (80, 30, dict(optimizer_device="cpu"), "GiB on cpu, where 26.2 are free"),
+            (24, 128, dict(kl_coef=0.1), "GiB on cuda"),  # a reference policy is 8 GB more
+            (80, 128, dict(cache_tokens=1000), "the cache has room for 1,000 tokens")]:
         with pytest.raises(UserError, match=sentence):
             plan(gpu, host, **changes)
     assert plan(24, 32, lora=16)[0].cache_tokens > 40_000  # a 24 GB card trains adapters
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_greedy_sampling_on_a_gpu_equals_generate(tokenizer):
-    """Other attention kernels, the same tokens (fp32, so that rounding does not decide between near equals)."""
-    model, plain = tiny_model().cuda(), tiny_model().cuda()
-    model.set_attn_implementation("shared_heads")
-    check_greedy(sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60), plain, PROMPTS, 24)
+# ------------------------------------------------------------------------------------------------------------
+# The demo. Its problems, and the README's first command from nothing.
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("optimizer_device", ["cpu", "cuda"])
-def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, optimizer_device):
-    """bf16 weights on the card, masters here or there: the behavior policy is the trained one, and resuming works."""
-    changes = dict(device="cuda", optimizer_device=optimizer_device)
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=4, **changes))
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=6, resume=True, **changes))
-    assert len(rows) == 6 and all(row["logprob_gap"] < 0.05 for row in rows) and rows[-1]["memory_gb"] < 4
+def test_demo_problems_are_right_and_disjoint():
+    """Guards against held-out problems that were trained on, and worked examples that teach wrong sums."""
+    evaluation, warm, training = pipo.demo_rows(0)
+    assert len(evaluation) >= 500
+    asked = [{row["problem"] for row in rows} for rows in (evaluation, warm, training)]
+    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
+    for row in warm[:200]:
+        a, b = map(int, row["problem"].rstrip("?").split("+"))
+        assert int(row["answer"]) == a + b and verify(row["worked"], row["answer"]) == 1.0
+    assert pipo.demo_rows(0)[0] != pipo.demo_rows(1)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data, prompts and bad input
-# ---------------------------------------------------------------------------------------------------------------------
+def test_the_demo_end_to_end(tmp_path, offline, monkeypatch, capsys):
+    """The README's first command, with two digits: from nothing, without network, to a model that was taught.
 
-LAYOUTS = [
-    ({"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
-    (
-        {
-            "prompt": [{"role": "user", "content": "q"}],
-            "reward_model": {"ground_truth": ["so \\boxed{5}"]},
-            "problem": "x",
-            "solution": "y",
-        },
-        "5",
-    ),
-    ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
-    ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
-    ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
-    ({"prompt": "q", "answer": 5}, "5"),
-    ({"prompt": "q", "solution": "\\boxed{5}"}, "5"),
-    ({"prompt": "q", "ground_truth": "5"}, "5"),
-]
+    Then it goes on from its checkpoint, without a second warm start.
+    """
+    for name, value in dict(DIGITS=2, EVAL=512, WARM=4096, TRAIN=512).items():
+        monkeypatch.setattr(pipo, f"DEMO_{name}", value)
+    sizes = "--warm-start 0.02 --window 2 --prompts-per-step 8 --group-size 4 --eval-limit 32".split()
+    flags = [*sizes, "--show-every", "1", "--device", "cpu", "--out", str(tmp_path / "demo")]
+    assert pipo.main([*flags, "--steps", "3"]) == 0
+    said = capsys.readouterr()
+    assert "held-out pass@1" in said.out + said.err and "feedback" in said.out
+    assert "step 1, reward" in said.out + said.err
+    monkeypatch.setattr(pipo, "build_demo", lambda *_: pytest.fail("a second warm start"))
+    assert pipo.main([*flags, "--steps", "4", "--resume"]) == 0
+    rows = pipo.read_jsonl(tmp_path / "demo" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and any(row["mu"] > 0 for row in rows[1:])
+    assert (tmp_path / "demo" / "model").is_dir()
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "folder"])
-def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
-    import datasets
-
-    cfg = Config(instruction=" box")
-    for i, (row, gold) in enumerate(LAYOUTS):
-        if ending == "csv" and not all(isinstance(value, (str, int)) for value in row.values()):
-            continue
-        name = tmp_path / (f"{i}.{ending}" if ending != "folder" else str(i))
-        rows = datasets.Dataset.from_list([row, row])
-        if ending == "folder":
-            name.mkdir()
-            rows.to_parquet(name / "train.parquet")
-        elif ending == "json":
-            name.write_text(json.dumps([row, row]))
-        else:
-            {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
-        problems = pipo.read_problems(pipo.load_rows(str(name), "train"), tokenizer, cfg, "rows")
-        assert [p.answer for p in problems] == [gold, gold]
-        asked = "q" if isinstance(row.get("prompt"), list) else "q box"  # the instruction is not put behind messages
-        assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
+# ------------------------------------------------------------------------------------------------------------
+# Files. A run goes on exactly where it stood, whatever stopped it, and is never lost by mistake.
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer, capsys):
-    import datasets
+def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
+    """Metrics hold every number that the README explains; the model folder loads as any other."""
+    out = tmp_path / "run"
+    rows = pipo.train(settings(folder, out, eval_every=2, eval_dataset=str(folder / "train.jsonl"),
+                               kl_coef=0.01, steps=4))
+    expected = """step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm
+        clip_fraction ratio logprob_gap entropy kl truncated zero_signal completion_length tokens
+        seconds_sample seconds_grade seconds_verification seconds_exploration memory_gb eval_pass@1""".split()
+    assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
+    assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
+    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3
+    samples = pipo.read_jsonl(out / "samples.jsonl")
+    assert {"problem", "completion", "reward"} <= set(samples[0])
+    for row in rows[1:]:  # a right and a wrong one, where there are both
+        rewards = {sample["reward"] for sample in samples if sample["step"] == row["step"]}
+        assert rewards == ({0.0, 1.0} if 0 < row["mu"] < 1 else {row["mu"]})
+    AutoTokenizer.from_pretrained(out / "model")
+    assert not torch.equal(weights(out / "model"), weights(folder / "model"))
 
-    rows = [
-        {"problem": "ab", "solution": "\\boxed{1}"},
-        {"problem": "ab", "solution": "no box"},
-        {"problem": "ab", "solution": None},
-        {"problem": "abcdefgh", "solution": "\\boxed{1}"},
-    ]
-    problems = pipo.read_problems(
-        datasets.Dataset.from_list(rows), tokenizer, Config(max_prompt_tokens=5, instruction=""), "rows"
-    )
-    assert len(problems) == 1
-    assert (
-        "left out of rows: 2 without a question or an answer; 1 with a prompt over 5 tokens" in capsys.readouterr().out
-    )
+
+def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
+    """12 steps, and 7 resumed to 12: same metrics, same samples, same bits.
+
+    Guards against a lost window, batch, moment or data order. What a kill leaves behind the checkpoint in the
+    logs, whole lines and one cut in half, must go, not stand there twice.
+    """
+    changes = dict(feedback="shuffled", kl_coef=0.01)
+    whole = pipo.train(settings(folder, tmp_path / "whole", steps=12, **changes))
+    pipo.train(settings(folder, tmp_path / "broken", steps=7, **changes))
+    for name in pipo.LOGS:
+        with open(tmp_path / "broken" / name, "a") as file:
+            file.write(json.dumps({"step": 8, "mu": 9}) + "\n" + '{"step": 9, "m')
+    resumed = pipo.train(settings(folder, tmp_path / "broken", steps=12, resume=True, **changes))
+    assert without_times(whole) == without_times(resumed) and len(whole) == 12
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "broken")]
+    assert samples[0] == samples[1] and samples[0].count("\n") > 12
+    assert len({row["mu"] for row in whole}) > 3 and any(row["feedback"] == "negative" for row in whole)
 
 
-def test_the_chat_template_is_used_where_there_is_one(tokenizer):
-    """Without its template a chat model never emits EOS and every reward is 0."""
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = (
-        "{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
-        "{% if not enable_thinking %}n{% endif %}"
-    )
-    messages = [{"role": "user", "content": "abc"}]
-    assert (
-        chat.decode(pipo.encode(chat, messages)) == "uabcgn"
-        and chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
-    )
-    assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
+def command(cfg, patch=""):
+    """Arguments of subprocess: a run in its own process, graded by coin, after the lines of `patch`."""
+    script = ["import os, sys, signal, zlib, torch, pipo", inspect.getsource(coin), "pipo.grade = coin",
+              patch, "sys.exit(pipo.main(sys.argv[1:]))"]
+    flags = [x for f in fields(cfg) if getattr(cfg, f.name) != f.default
+             for x in (pipo.flag(f.name), getattr(cfg, f.name))]
+    return own_process("-c", "\n".join(script), *flags)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path, graded_by_coin):
+    """Guards against writing over the only checkpoint: a SIGKILL with half of step 4's on the disk."""
+    patch = """
+plain_save = torch.save
+def save(state, file):
+    if state["step"] == 4:
+        file.write(b"half of it"); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
+    plain_save(state, file)
+torch.save = save
+"""
+    cfg = settings(folder, tmp_path / "run", save_every=2)
+    killed = subprocess.run(**command(cfg, patch))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert saved(tmp_path / "run")["step"] == 2
+    rows = pipo.train(replace(cfg, resume=True))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin):
+    """Guards against a step cut in half, and against a run that says --resume and cannot."""
+    out = tmp_path / "run"
+    cfg, log = settings(folder, out, steps=100_000, save_every=100_000), out / "metrics.jsonl"
+    run, deadline = subprocess.Popen(**command(cfg)), time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.time() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--resume" in said and "Traceback" not in said
+    step = saved(out)["step"]
+    assert step >= 3 and pipo.read_jsonl(log)[-1]["step"] == step
+    rows = pipo.train(replace(cfg, steps=step + 1, resume=True))
+    assert [row["step"] for row in rows] == list(range(1, step + 2))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    """Guards against a run that cannot be stopped within a long step, and a handler that outlives the run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    with pipo.signals_caught() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pipo.signals_caught() as caught:
+        assert signal.getsignal(signal.SIGINT) != signal.default_int_handler and not caught
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("broken", ["sampling", "gradient"])
+def test_a_run_that_breaks_down_names_its_step_and_meets_it_again(
+        folder, tmp_path, graded_by_coin, monkeypatch, broken):
+    """A NaN must stop the run, never be trained through; what goes on from the checkpoint meets it again."""
+    cfg, said = settings(folder, tmp_path / "run", lr=1e30 if broken == "sampling" else 1e-3, steps=20), []
+    plain, calls = pipo.policy_loss, []
+
+    def nan_from_the_fourth_on(*args):
+        calls.append(1)
+        loss, means = plain(*args)
+        return loss * (math.nan if len(calls) > 3 else 1), means
+
+    if broken == "gradient":
+        monkeypatch.setattr(pipo, "policy_loss", nan_from_the_fourth_on)
+    for resume in (False, True):
+        with pytest.raises(FloatingPointError, match="; the last checkpoint is as it was$") as stopped:
+            pipo.train(replace(cfg, resume=resume))
+        said.append(str(stopped.value))
+        assert said[0].startswith(f"step {saved(tmp_path / 'run')['step'] + 1}: ")
+    assert said[0] == said[1]
+
+
+def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
+    """Guards against a run of days that a mistyped command deletes, or goes on with under other settings."""
+    pipo.train(settings(folder, tmp_path, steps=2))
+    for changes, sentence in [
+            ({}, "already holds a run"),
+            (dict(resume=True, steps=1), "already stands at step 2"),
+            (dict(resume=True, steps=4, lr=0.5, window=3), "--window was 2, is 3; --lr was 0.001, is 0.5")]:
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            pipo.train(settings(folder, tmp_path, **dict(steps=2) | changes))
+    with pytest.raises(UserError):  # a mistyped name must not cost the run
+        pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
+    assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
+    assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line. What the user can put right is one sentence and exit code 2, and --help leaves nothing out.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def bad_inputs(where):
-    good = [
-        "--model",
-        f"{where}/model",
-        "--dataset",
-        f"{where}/train.jsonl",
-        "--eval-every",
-        "0",
-        "--out",
-        f"{where}/never",
-    ]
+    """Flags and what must be said of them, where model, data and all other flags are good."""
     (where / "columns.jsonl").write_text('{"text": "x", "label": "y"}')
     (where / "empty.jsonl").write_text("")
     (where / "notes.txt").write_text("x")
@@ -1374,110 +1679,87 @@ def bad_inputs(where):
     (where / "translator").mkdir(exist_ok=True)
     (where / "translator" / "config.json").write_text('{"model_type": "t5"}')
     return [
-        ([*good, "--model", "/no/such/folder"], "/no/such/folder does not exist"),
-        ([*good, "--model", "nobody/nothing"], "nobody/nothing can be read neither"),
-        ([*good, "--model", f"{where}/emptyfolder"], "emptyfolder can be read neither"),
-        ([*good, "--dataset", "/no/such/file.parquet"], "/no/such/file.parquet does not exist"),
-        ([*good, "--dataset", "nobody/nothing"], "nobody/nothing can be read neither"),
-        (
-            [*good, "--dataset", f"{where}/columns.jsonl"],
-            "has the columns text, label; understood are prompt + reward_model",
-        ),
-        ([*good, "--dataset", f"{where}/empty.jsonl"], "empty.jsonl is empty or"),
-        ([*good, "--dataset", f"{where}/emptyfolder"], "emptyfolder"),
-        ([*good, "--dataset", f"{where}/notes.txt"], "notes.txt is empty or not a"),
-        ([*good, "--dataset", f"{where}/noanswer.jsonl"], "no usable problem"),
-        ([*good, "--max-prompt-tokens", "1"], "40 with a prompt over 1 tokens"),
-        ([*good, "--eval-every", "2", "--eval-dataset", "/no/such"], "/no/such does not exist"),
-        ([*good, "--window", "1"], "--window is 1"),
-        ([*good, "--lam", "1.5"], "--lam is 1.5"),
-        ([*good, "--lam", "nan"], "--lam is nan"),
-        ([*good, "--group-size", "1"], "--group-size is 1"),
-        ([*good, "--temperature", "0"], "--temperature is 0.0"),
-        ([*good, "--top-p", "0"], "--top-p is 0.0"),
-        ([*good, "--top-p", "1.1"], "--top-p is 1.1"),
-        ([*good, "--lr", "-1"], "--lr is -1.0"),
-        ([*good, "--steps", "0"], "--steps is 0"),
-        ([*good, "--minibatches", "3"], "--minibatches is 3"),
-        ([*good, "--device", "cuda"], "--device is 'cuda'"),
-        ([*good, "--device", "abacus"], "--device is 'abacus'"),
-        ([*good, "--device", "meta"], "--device is 'meta': it must be cpu or"),
-        ([*good, "--optimizer-device", "cuda", "--device", "cpu"], "--optimizer-device is 'cuda': the run is on cpu"),
-        ([*good, "--reward-noise", "0.7"], "--reward-noise is 0.7"),
-        ([*good, "--epochs", "0"], "--epochs is 0"),
-        ([*good, "--cache-tokens", "30"], "the cache has room for 30 tokens"),
-        ([*good, "--resume"], "nothing to resume"),
-        ([*good, "--resume", "--overwrite"], "--overwrite is True"),
-        ([*good, "--clip-high", "nan"], "--clip-high is nan"),
-        ([*good, "--weight-decay", "-1"], "--weight-decay is -1.0"),
-        ([*good, "--eval-limit", "-1"], "--eval-limit is -1"),
-        ([*good, "--model", f"{where}/translator"], "translator can be read neither"),
-        ([*good, "--out", f"{where}/train.jsonl/run"], "cannot be written"),
-        (["--dataset", f"{where}/train.jsonl"], "it needs --model"),
-        (["--warm-start", "1.5"], "--warm-start is 1.5"),
+        ("--model /no/such/folder", "/no/such/folder does not exist"),
+        ("--model nobody/nothing", "nobody/nothing can be read neither"),
+        (f"--model {where}/emptyfolder", "emptyfolder can be read neither"),
+        (f"--model {where}/translator", "translator can be read neither"),
+        ("--dataset /no/such/file.parquet", "/no/such/file.parquet does not exist"),
+        ("--dataset nobody/nothing", "nobody/nothing can be read neither"),
+        (f"--dataset {where}/columns.jsonl",
+         "has the columns text, label; understood are prompt + reward_model"),
+        (f"--dataset {where}/empty.jsonl", "empty.jsonl is empty or"),
+        (f"--dataset {where}/emptyfolder", "emptyfolder"),
+        (f"--dataset {where}/notes.txt", "notes.txt is empty or not a"),
+        (f"--dataset {where}/noanswer.jsonl", "no usable problem"),
+        ("--max-prompt-tokens 1", "40 with a prompt over 1 tokens"),
+        ("--eval-every 2 --eval-dataset /no/such", "/no/such does not exist"),
+        ("--window 1", "--window is 1"), ("--lam 1.5", "--lam is 1.5"), ("--lam nan", "--lam is nan"),
+        ("--group-size 1", "--group-size is 1"), ("--temperature 0", "--temperature is 0.0"),
+        ("--top-p 0", "--top-p is 0.0"), ("--top-p 1.1", "--top-p is 1.1"), ("--lr -1", "--lr is -1.0"),
+        ("--steps 0", "--steps is 0"), ("--epochs 0", "--epochs is 0"),
+        ("--clip-high nan", "--clip-high is nan"), ("--weight-decay -1", "--weight-decay is -1.0"),
+        ("--eval-limit -1", "--eval-limit is -1"),
+        ("--minibatches 3", "--minibatches is 3: it must divide --prompts-per-step (128)"),
+        ("--device cuda", "--device is 'cuda'"), ("--device abacus", "--device is 'abacus'"),
+        ("--device meta", "--device is 'meta': it must be cpu or"),
+        ("--optimizer-device cuda --device cpu", "--optimizer-device is 'cuda': the run is on cpu"),
+        ("--cache-tokens 30", "the cache has room for 30 tokens"),
+        ("--resume", "nothing to resume"),
+        ("--resume --overwrite", "--overwrite is True: it contradicts --resume"),
+        (f"--out {where}/train.jsonl/run", "cannot be written"),
     ]
 
 
-def test_bad_input_gets_one_sentence_and_exit_code_2(folder, capsys, monkeypatch):
+def test_bad_input_gets_one_sentence_and_exit_code_2(folder, offline, capsys, monkeypatch):
     """No traceback, no work done first, no run left behind."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(pipo, "load_model", lambda *_: pytest.fail("expensive work before the check"))
-    monkeypatch.setattr(pipo, "build_demo", lambda *_: pytest.fail("expensive work before the check"))
-    cases = bad_inputs(folder)
-    if torch.cuda.is_available():
-        cases = [case for case in cases if "cuda" not in case[1]]
-    for arguments, sentence in cases:
-        code, said = pipo.main(arguments), capsys.readouterr().err.strip()
-        assert code == 2 and sentence in said and said.count("\n") == 0, (arguments, said)
-    for arguments in (["--no-such-flag"], ["--base", "ppo"], ["--steps", "many"], ["--temp", "1"]):
+    for expensive in ("load_model", "build_demo"):
+        monkeypatch.setattr(pipo, expensive, lambda *_: pytest.fail("expensive work before the check"))
+    good = f"--model {folder}/model --dataset {folder}/train.jsonl --eval-every 0 --out {folder}/never "
+    cases = [(good + flags, sentence) for flags, sentence in bad_inputs(folder)
+             if "cuda" not in sentence or not torch.cuda.is_available()]
+    cases += [(f"--dataset {folder}/train.jsonl", "--dataset is"), ("--eval-dataset a/b", "it needs --model"),
+              ("--warm-start 1.5", "--warm-start is 1.5")]
+    for flags, sentence in cases:
+        code, said = pipo.main(flags.split()), capsys.readouterr().err.strip()
+        assert code == 2 and sentence in said and said.count("\n") == 0, (flags, said)
+    assert not any((folder / "never" / name).exists() for name in pipo.RUN_FILES)
+    for flags in ("--no-such-flag", "--base ppo", "--steps many", "--temp 1"):
         with pytest.raises(SystemExit) as stop:
-            pipo.main(arguments)
+            pipo.main(flags.split())
         assert stop.value.code == 2
 
 
-def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
-    pipo.train(settings(folder, tmp_path, steps=2))
-    for changes, sentence in [
-        ({}, "already holds a run"),
-        ({"resume": True, "steps": 1}, "already stands at step 2"),
-        ({"resume": True, "steps": 4, "lr": 0.5, "window": 3}, "--window was 2, is 3; --lr was 0.001, is 0.5"),
-    ]:
-        with pytest.raises(UserError, match=re.escape(sentence)):
-            pipo.train(settings(folder, tmp_path, **{"steps": 2, **changes}))
-    with pytest.raises(UserError):  # a mistyped name must not cost the run
-        pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
-    assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
-    assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
+def test_the_script_itself_hands_on_the_exit_code():
+    """Guards against a script in a queue that takes a refused run for a finished one."""
+    run = subprocess.run(**own_process("pipo.py", "--window", "1"))
+    assert (run.returncode, run.stdout) == (2, "") and run.stderr.startswith("pipo: --window is 1")
 
 
-@pytest.mark.parametrize("lr, broken", [(1e30, "sampling"), (1e-3, "gradient")])
-def test_a_run_that_breaks_down_stops_with_its_batch_on_file(folder, tmp_path, graded_by_coin, monkeypatch, lr, broken):
-    """A NaN must stop the run, never be trained through; the step is named and the last checkpoint stays."""
-    if broken == "gradient":
-        plain, calls = pipo.policy_loss, []
-        monkeypatch.setattr(
-            pipo,
-            "policy_loss",
-            lambda *a, **k: (calls.append(1), (plain(*a, **k)[0] * (math.nan if len(calls) > 3 else 1), {}))[1],
-        )
-    with pytest.raises(FloatingPointError, match=r"step \d+: .*bad_batch"):
-        pipo.train(settings(folder, tmp_path / "run", lr=lr, steps=20))
-    bad = torch.load(tmp_path / "run" / "bad_batch.pt")
-    assert (
-        len(bad["problems"]) == 4
-        and bad["step"] == torch.load(tmp_path / "run" / "checkpoint" / "state.pt")["step"] + 1
-    )
+def test_every_flag_is_explained_with_its_default_and_parsed(capsys, monkeypatch):
+    """Guards against a setting that cannot be given, and against a --help that names another default."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit) as stop:
+        pipo.parse(["--help"])
+    texts = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    said = {text.split()[0]: " ".join(text.split()) for text in texts}
+    assert stop.value.code == 0 and set(said) == {pipo.flag(f.name) for f in fields(Config)}
+    assert pipo.parse([]) == Config(**pipo.DEMO) and pipo.parse(["--model", "x"]) == Config(model="x")
+    for f in fields(Config):
+        kind, help, choices = TYPES[f.name], f.metadata["help"], f.metadata["choices"]
+        _, found, behind = said[pipo.flag(f.name)].partition(help)
+        assert found and len(help) > 5
+        if f.default is None:
+            assert "(default: " in help  # what a blank comes to
+        elif kind is not bool and f.default != "":
+            assert behind.startswith(f" (default: {' '.join(str(f.default).split())})")
+        value = choices[-1] if choices else {int: 7, float: 0.25, str: "any", bool: True}[kind]
+        given = getattr(pipo.parse([pipo.flag(f.name)] + [str(value)] * (kind is not bool)), f.name)
+        assert given == value and type(given) is kind
 
 
-def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
-    """Signals can only be caught on the main thread; the loop must not need them."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(pipo.train(settings(folder, tmp_path / "run", steps=2))))
-    thread.start()
-    thread.join()
-    assert len(results[0]) == 2
+# ------------------------------------------------------------------------------------------------------------
+# README. Its commands, its tables and the pieces it says can be copied; the figures behind them.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def readme_section(title):
@@ -1487,8 +1769,16 @@ def readme_section(title):
 
 def experiment(*arguments):
     """assets/experiment.py as a user starts it."""
-    command = [sys.executable, HERE / "assets" / "experiment.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(**own_process("assets/experiment.py", *arguments))
+
+
+def test_the_readme_commands_parse():
+    """README and code drift apart: every command shown must be one that the program takes."""
+    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", README.read_text(), flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for line in commands:
+        if "--help" not in line:
+            pipo.validate(pipo.parse(line.split()))
 
 
 def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_path):
@@ -1499,10 +1789,17 @@ def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_p
     results = (HERE / "assets" / "results.md").read_text()
     assert (tmp_path / "results.md").read_text() == results
     rows = [line for line in readme_section("Results").splitlines() if line.startswith("| ") and "±" in line]
-    assert len(rows) >= 12 and all(row in results for row in rows)
+    assert len(rows) >= 6 and all(row in results for row in rows)
+
+
+def test_the_readme_says_what_was_measured():
+    """Guards against a README with the speed of an older pipo.py, or of the rows that look best."""
     speed = readme_section("Speed and memory")
-    for value in json.loads((HERE / "assets" / "bench.json").read_text()).values():
-        assert f" {value:.1f} " in speed or f" {value:.2f} " in speed or f"1/{value:.1f} " in speed
+    measured = json.loads((HERE / "assets" / "bench.json").read_text())
+    rows = [row for processor in measured.values() for row in processor["rows"].values()]
+    told = set(re.findall(r"[0-9.]*[0-9]", speed))
+    for ratio in [ratio for row in rows for ratio in row.get("ratios", [row.get("ratio")])]:
+        assert {f"{ratio:.1f}", f"{ratio:.2f}"} & told, ratio
 
 
 def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
@@ -1510,9 +1807,30 @@ def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
     pipo.train(settings(folder, tmp_path / "run"))
     done = experiment("plot", tmp_path / "run", "--into", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pipo-curves.png").stat().st_size > 10_000 < (tmp_path / "pipo-inside.png").stat().st_size
+    for name in ("pipo-curves.png", "pipo-inside.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     wrong = experiment("plot", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "holds no step" in wrong.stderr
+
+
+def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit(monkeypatch):
+    """The mean GRPO gradient of a two-armed bandit over that of p. Guards against a mixed-up conditioning."""
+    monkeypatch.syspath_prepend(HERE / "assets")
+    from experiment import gradient_distortion
+    torch.manual_seed(0)
+    p, G, n = 0.1, 8, 400_000
+    rewards = (torch.rand(n, G) < p).float()
+    spread = rewards.std(1, correction=0, keepdim=True)
+    advantages = torch.where(spread > 0, (rewards - rewards.mean(1, keepdim=True)) / spread, 0.0)
+    score = rewards - p  # d log pi(arm) / d logit
+    gradient, mixed = (advantages * score).mean(1), (spread > 0).squeeze(1)
+    for estimate, conditional in ((gradient, False), (gradient[mixed], True)):
+        eta, error = estimate.mean() / (p * (1 - p)), estimate.std() / len(estimate) ** 0.5 / (p * (1 - p))
+        assert abs(eta - gradient_distortion(p, G, conditional)) < 4 * error < 0.05
+    for p, conditional, value in [(0.1, True, 4.09), (0.01, True, 33.8), (0.001, True, 331),
+                                  (0.5, True, 1.87), (0.1, False, 2.33), (0.01, False, 2.61)]:
+        assert math.isclose(gradient_distortion(p, 8, conditional), value, rel_tol=4e-3)
+    assert math.isclose(gradient_distortion(1e-9, 8), math.sqrt(7), rel_tol=1e-6)
 
 
 def copied(names, imports):
@@ -1525,11 +1843,11 @@ def copied(names, imports):
             module, _, attribute = name.rpartition(".")
             exec(f"from {module} import {attribute}" if module else f"import {name}", space)
     for node in ast.parse(source).body:
-        named = [getattr(target, "id", "") for target in getattr(node, "targets", [])] or [getattr(node, "name", "")]
-        if set(named) & set(names):
+        named = {getattr(target, "id", "") for target in [*getattr(node, "targets", []), node]}
+        if (named | {getattr(node, "name", "")}) & set(names):
             decorators = [line.lineno for line in getattr(node, "decorator_list", [])]
             first = min([node.lineno, *decorators]) - 1
-            exec("\n".join(source.splitlines()[first : node.end_lineno]), space)
+            exec("\n".join(source.splitlines()[first:node.end_lineno]), space)
     return space
 
 
@@ -1537,540 +1855,20 @@ def test_pieces_can_be_copied_as_the_readme_says():
     """Guards against a helper or an import that the README's table of pieces forgot."""
     lines = readme_section("Copying pieces").splitlines()
     rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.split("|")[1:4]] for line in lines]
-    spaces = {row[0][0]: copied(row[0] + row[1], row[2]) for row in rows if len(row) == 3 and row[0]}
-    assert len(spaces) >= 7
-    advantages = spaces["group_advantages"]["group_advantages"](torch.tensor([[1.0, 0, 0, 1]]))
+    rows = [row for row in rows if len(row) == 3 and row[0]]
+    pieces = {piece: copied([piece] + beside, imports)[piece] for (piece, *_), beside, imports in rows}
+    assert len(pieces) >= 6
+    advantages = pieces["group_advantages"](torch.tensor([[1.0, 0, 0, 1]]))
     assert torch.equal(advantages, group_advantages(torch.tensor([[1.0, 0, 0, 1]])))
-    assert torch.equal(
-        spaces["improvement_rewards"]["improvement_rewards"](advantages, 2.0), improvement_rewards(advantages, 2.0)
-    )
-    tracker = spaces["ImprovementTracker"]["ImprovementTracker"](2)
+    assert torch.equal(pieces["improvement_rewards"](advantages, 2.0), improvement_rewards(advantages, 2.0))
+    tracker = pieces["ImprovementTracker"](2)
     tracker.push(0.1), tracker.push(0.2)
     assert tracker.feedback(0.3).xi > 0
-    logprobs, behavior, advantages, mask = random_rows()
-    loss, _ = spaces["policy_loss"]["policy_loss"](logprobs, behavior, advantages, mask)
-    assert loss == policy_loss(logprobs, behavior, advantages, mask)[0]
+    assert pieces["policy_loss"](*random_rows())[0] == policy_loss(*random_rows())[0]
     given = tiny_model(), [[3, 4]], torch.tensor([[5, 6]]), torch.ones(1, 2)
-    assert torch.equal(spaces["token_logprobs"]["token_logprobs"](*given), token_logprobs(*given))
+    assert torch.equal(pieces["token_logprobs"](*given), token_logprobs(*given))
     weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = spaces["MasterAdamW"]["MasterAdamW"]([weight], "cpu", lr=0.1)
+    optimizer = pieces["MasterAdamW"]([weight], "cpu", lr=0.1)
     weight.sum().backward()
     optimizer.step()
     assert (weight < 1).all()
-    assert spaces["gradient_distortion"]["gradient_distortion"](0.5, 8) == gradient_distortion(0.5, 8)
-
-
-def test_every_flag_has_a_meaning_and_the_readme_commands_parse():
-    """README and code drift apart: every command shown must be one that the program takes."""
-    help_text = subprocess.run([sys.executable, "pipo.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
-    for flag in (
-        "--model --dataset --eval-dataset --base --feedback --window --lam --xi-clip --steps --prompts-per-step "
-        "--group-size --max-new-tokens --max-prompt-tokens --temperature --top-p --lr --pi-lr --kl-coef --minibatches "
-        "--seed --device --out --resume --eval-every --save-every"
-    ).split():
-        assert flag + " " in help_text or flag + "\n" in help_text
-    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", README.read_text(), flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for line in commands:
-        if "--help" not in line:
-            pipo.validate(pipo.parse(line.split()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# PIPO on top of TRL: the very block of the README, on a tiny model, in one process and in two
-# ---------------------------------------------------------------------------------------------------------------------
-
-TRL_RUNS = """
-import sys
-import zlib
-from pathlib import Path
-
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
-
-from pipo_trl import PIPOTrainer
-
-
-def coin(completions, **_):
-    return [float(zlib.crc32(completion.encode()) % 3 == 0) for completion in completions]
-
-
-def trainer_of(kind, folder, out, trainer=None, **changes):
-    given = dict(output_dir=str(out), max_steps=6, per_device_train_batch_size=3, gradient_accumulation_steps=2,
-                 num_generations=4, max_completion_length=8, learning_rate=1e-2, lr_scheduler_type="constant",
-                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,
-                 gradient_checkpointing=False)
-    extra = {"plain": {}, "off": {"feedback": False}, "on": {"window": 2}}[kind]
-    return (trainer or (GRPOTrainer if kind == "plain" else PIPOTrainer))(
-        model=AutoModelForCausalLM.from_pretrained(Path(folder) / "model"), reward_funcs=coin,
-        processing_class=AutoTokenizer.from_pretrained(Path(folder) / "model"), args=GRPOConfig(**{**given, **changes}),
-        train_dataset=Dataset.from_list([{"prompt": "abcdefghijklmnopqrst"[i:i + 2 + i % 4]} for i in range(17)]),
-        **extra)
-
-
-def result(trainer):
-    trainer.train()
-    return {"rows": [{name: value for name, value in row.items() if "time" not in name and "second" not in name}
-                     for row in trainer.state.log_history],
-            "weights": torch.cat([p.detach().flatten() for p in trainer.model.parameters()])}
-
-
-def texts(trainer, batches):
-    decode = trainer.processing_class.decode
-    return [[decode(row, skip_special_tokens=True) for batch in batches for row in batch[name]]
-            for name in ("prompt_ids", "completion_ids")]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, out = sys.argv[1:]
-    for kind in ("plain", "off", "on"):
-        trainer = trainer_of(kind, folder, out)
-        ran, last = result(trainer), trainer._buffered_inputs
-        if kind == "on":
-            attribution = [a for batch in last for a in batch["attribution"].tolist()]
-            ran["last"] = list(zip(*texts(trainer, last), attribution))
-        torch.save(ran, f"{out}/{kind}{trainer.accelerator.process_index}.pt")
-"""
-
-
-@pytest.fixture(scope="module")
-def trl_runs(tmp_path_factory):
-    """The README's block as pipo_trl.py, and a script around it, in a folder; returns the script as a module."""
-    pytest.importorskip("trl")
-    where = tmp_path_factory.mktemp("trl")
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "(GRPOTrainer)" in b)
-    (where / "pipo_trl.py").write_text(block)
-    (where / "trl_runs.py").write_text(TRL_RUNS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(where)
-        import trl_runs
-
-        yield trl_runs
-
-
-def check_xi_by_hand(rows):
-    """The logged xi and phi are the tracker's on the logged mean rewards: read before the push, one push a batch."""
-    tracker = ImprovementTracker(2)
-    for row in rows:
-        feedback = tracker.feedback(row["pipo/mu"])
-        assert math.isclose(row["pipo/mu"], row["reward"], rel_tol=1e-6)
-        for name, value in (feedback._asdict() if feedback else {"xi": None}).items():
-            assert row.get(f"pipo/{name}") == value
-        tracker.push(row["pipo/mu"])
-    return sum("pi/grad_norm" in row for row in rows)
-
-
-def attribution_by_hand(prompts, texts, grade, phi):
-    """The improvement rewards of shuffled rows, from their texts: the rows of a prompt are its group of 4."""
-    order, coefficients = sorted(range(len(prompts)), key=lambda i: prompts[i]), torch.empty(len(prompts))
-    rewards = torch.tensor(grade([texts[i] for i in order])).view(-1, 4)
-    coefficients[order] = improvement_rewards(group_advantages(rewards), phi).flatten()
-    return coefficients
-
-
-@only_by("test-trl")
-def test_trl_without_feedback_is_grpo_and_with_it_looks_back(trl_runs, folder, tmp_path):
-    """Guards against a subclass that changes GRPO's own numbers, and against a verification step that is never taken.
-
-    Accelerate's optimizer silently ignores step() while the trainer accumulates gradients: the weights must move.
-    """
-    plain, off, on = (
-        trl_runs.result(trl_runs.trainer_of(kind, folder, tmp_path, per_device_train_batch_size=6))
-        for kind in ("plain", "off", "on")
-    )
-    assert plain["rows"] == off["rows"] and torch.equal(plain["weights"], off["weights"])
-    assert check_xi_by_hand(on["rows"][:-1]) >= 1 and not torch.equal(plain["weights"], on["weights"])
-
-
-@only_by("test-trl")
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_gradients_of_both_trl_steps_by_hand(trl_runs, folder, tmp_path, minibatches):
-    """Against policy_loss on the same rows, the rewards, groups and old log-probabilities all worked out anew.
-
-    Guards against a replay whose ratio is 1 (TRL keeps no log-probabilities where batch and policy agree), groups lost
-    in TRL's shuffle, a KL in the verification step or none in the exploration step, an exploration ratio against the
-    policy after the verification step, and a step that moves nothing.
-    """
-    phis, samplers, steps = [], [], []
-
-    class Watched(trl_runs.PIPOTrainer):
-        def weights(self):
-            return copy.deepcopy(self.model.state_dict())
-
-        def _generate_and_score_completions(self, rows):
-            samplers.append(self.weights())
-            return super()._generate_and_score_completions(rows)
-
-        def verification_step(self, previous, phi):
-            phis.append((len(steps), phi, previous))
-            super().verification_step(previous, phi)
-
-        def _clip_grad_norm(self, model):
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-            steps.append((gradient, self.weights(), samplers[-2:], self._buffered_inputs))
-            return super()._clip_grad_norm(model)
-
-    trainer = trl_runs.trainer_of(
-        "on",
-        folder,
-        tmp_path,
-        Watched,
-        loss_type="grpo",
-        per_device_train_batch_size=4,
-        steps_per_generation=2 * minibatches,
-        temperature=0.7,
-        beta=0.05,
-        use_bias_correction_kl=False,  # the KL of policy_loss, not times the ratio
-        max_steps=6 * minibatches,
-    )
-    trainer.train()
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
-    assert any(phi > 0 for _, phi, _ in phis) and len(steps) == (6 + len(phis)) * minibatches
-
-    def logprobs(model, weights, prompts, tokens, mask):
-        model.load_state_dict(weights)
-        return token_logprobs(model, prompts, tokens, mask, 0.7)
-
-    def check(step, sampler, batches, coefficients, kl_coef):
-        """The recorded gradient of `step` is that of policy_loss on these micro-batches; returns the mean log-ratio."""
-        ids, seen, tokens, mask = (
-            torch.cat([b[name] for b in batches])
-            for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        )
-        prompts, mask = [row[row_seen == 1].tolist() for row, row_seen in zip(ids, seen)], mask.float()
-        with torch.no_grad():
-            behavior = logprobs(model, sampler, prompts, tokens, mask)
-            ref_logprobs = token_logprobs(reference, prompts, tokens, mask, 0.7)
-        gradient, weights, *_ = step
-        fresh = logprobs(model, weights, prompts, tokens, mask)
-        loss, means = policy_loss(
-            fresh, behavior, coefficients, mask, "grpo", ref_logprobs=ref_logprobs, kl_coef=kl_coef
-        )
-        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-        assert torch.allclose(gradient, expected, atol=1e-5 * expected.abs().max()) and expected.abs().max() > 1e-3
-        return means["logprob_gap"]
-
-    for at, phi, previous in phis:
-        coefficients = attribution_by_hand(*trl_runs.texts(trainer, previous), trl_runs.coin, phi)
-        for k in range(minibatches):
-            verification, exploration = steps[at + k], steps[at + minibatches + k]
-            (before, sampler), fresh = exploration[2:]
-            own = slice(2 * k, 2 * k + 2)
-            assert check(verification, before, previous[own], coefficients[8 * k : 8 * k + 8], 0.0) > 0.01
-            advantages = torch.cat([b["advantages"] for b in fresh[own]])
-            assert check(exploration, sampler, fresh[own], advantages, 0.05) > 0.001
-
-
-@only_by("test-trl")
-def test_update_takes_the_gradient_of_trl(trl_runs, folder, tmp_path):
-    """Another implementation as oracle: TRL computes all rows in one padded batch, `update` drops, sorts and splits."""
-    seen = []
-
-    class Watched(trl_runs.GRPOTrainer):
-        def _clip_grad_norm(self, model):
-            seen.append((torch.cat([p.grad.flatten() for p in model.parameters()]), self._buffered_inputs))
-            return super()._clip_grad_norm(model)
-
-    whole = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1, max_steps=1, loss_type="grpo", beta=0.0)
-    trl_runs.trainer_of("plain", folder, tmp_path, Watched, **whole).train()
-    (gradient, (rows,)) = seen[0]
-    order = sorted(range(16), key=lambda i: (rows["prompt_ids"][i].tolist(), i))  # TRL shuffles the rows of a batch
-    prompts = [rows["prompt_ids"][i][rows["prompt_mask"][i] == 1].tolist() for i in order]
-    tokens, mask = rows["completion_ids"][order], rows["completion_mask"][order].float()
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    behavior = token_logprobs(model, prompts, tokens, mask).detach()
-    advantages = rows["advantages"][order].view(4, 4)
-    batch = pipo.Batch(prompts, tokens, mask, behavior, mask[:, 0] > 0, [""] * 16)
-    cfg = Config(temperature=1.0, microbatch_tokens=40, max_grad_norm=1e9)
-    _, ours = gradient_of(lambda optimizer: pipo.update(model, optimizer, batch, advantages, cfg, 0.0), model)
-    assert gradient.abs().max() > 1e-3 and torch.allclose(ours, gradient, atol=1e-6, rtol=1e-4)
-
-
-@only_by("test-trl")
-def test_trl_ranks_agree(trl_runs, folder, tmp_path):
-    """Two processes, a group across both: guards against a xi of each rank's own rewards, which ends in a deadlock.
-
-    Also against gradients that DDP does not average while the trainer accumulates (the ranks' weights would part), and
-    against attribution of another rank's rows. (--multi_gpu: accelerate's --cpu starts one process; the runs themselves
-    ask for the CPU.)
-    """
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*launch, trl_runs.__file__, folder, tmp_path],
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{Path(trl_runs.__file__).parent}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    plain, off, on = ([torch.load(tmp_path / f"{kind}{rank}.pt") for rank in (0, 1)] for kind in ("plain", "off", "on"))
-    for first, second in (plain, off, on):
-        assert torch.equal(first["weights"], second["weights"])
-    assert plain[0]["rows"] == off[0]["rows"] and torch.equal(plain[0]["weights"], off[0]["weights"])
-    for one, other in zip(on[0]["rows"], on[1]["rows"], strict=True):
-        assert all(one[name] == other[name] for name in one if name.startswith("pipo/"))
-    assert check_xi_by_hand(on[0]["rows"][:-1]) == check_xi_by_hand(on[1]["rows"][:-1]) >= 1
-    assert not torch.equal(plain[0]["weights"], on[0]["weights"])
-    prompts, texts, attribution = zip(*on[0]["last"], *on[1]["last"])
-    assert torch.allclose(torch.tensor(attribution), attribution_by_hand(prompts, texts, trl_runs.coin, 1.0))
-    assert set(prompts[:6]) & set(prompts[6:]) and any(attribution[:6]) and any(attribution[6:])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed and memory against transformers' generate and TRL: `make bench`. Needs TRL, is not part of `make test`, and no
-# speed is a failure. Both sides run in this process, on one thread, in fp32, from the same weights, with the same
-# prompts, rewards and learning rate; they take turns, the first is warm-up, and medians are compared. What changes
-# memory only is set to suit each side: TRL's micro-batch is its fastest, and PIPO's cache has room for all rows.
-# ---------------------------------------------------------------------------------------------------------------------
-
-BENCH = {"short": (32, 9), "long": (256, 3)}  # longest completion, counted turns
-Q, G = 32, 8
-CPU_CLOCK = time.process_time  # on one thread the wall clock of an idle machine; neighbours on a busy one do not count
-
-
-def bench_config(limit, vocabulary=512, **sizes):
-    """A model of the demo's size that, at random and so near uniform, draws an EOS as likely at every token.
-
-    It takes many EOS ids: completions then average 0.37 to 0.4 of `limit`, which cuts a tenth of them off.
-    """
-    demo = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, head_dim=32)
-    eos = list(range(1, 1 + round(2.3 * vocabulary / limit)))
-    demo.update(num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0)
-    return Qwen3Config(vocab_size=vocabulary, eos_token_id=eos, **{**demo, **sizes})
-
-
-def bench_folder(folder, limit):
-    """The model and a tokenizer with a character for each id, so that TRL's text prompts come back as the same ids."""
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(bench_config(limit)).save_pretrained(folder)
-    letter_tokenizer([chr(0x4E00 + i) for i in range(2, 512)]).save_pretrained(folder)
-    return str(folder)
-
-
-def bench_prompts():
-    """Q prompts of 5 to 20 tokens, none of them an EOS."""
-    draw = random.Random(0)
-    return [[draw.randrange(100, 512) for _ in range(draw.randint(5, 20))] for _ in range(Q)]
-
-
-def bench_rewards(kind):
-    """(Q, G) by position, not by text. alive: every group mixed; typical: 13 of 32 groups have equal rewards."""
-    rewards = (torch.arange(Q * G) % G % 3 == 0).float().view(Q, G)
-    if kind == "typical":
-        rewards[1::5], rewards[3::5] = 0.0, 1.0
-    return rewards
-
-
-def generate(model, prompts, group_size, limit, **options):
-    """transformers' generate on padded prompts, as TRL calls it: tokens (N, T), 0 behind the EOS."""
-    rows, width = [p for p in prompts for _ in range(group_size)], max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in rows], device=model.device)
-    return model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=limit, **options)[:, width:]
-
-
-def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock):
-    """Median seconds and mean completion length of pipo.sample and of generate."""
-    seconds, lengths, eos = ([], []), ([], []), torch.tensor(theirs.generation_config.eos_token_id)
-    for turn in range(turns + 1):
-        torch.manual_seed(turn)
-        times = [clock()]
-        batch = sample(ours, tokenizer, prompts, G, limit, 1.0, 1.0, pipo.rng(ours.device, turn), 10**6)
-        lengths[0].append(batch.mask.sum(1).mean().item())  # .item() and .cpu() also wait for a GPU
-        times.append(clock())
-        tokens = generate(theirs, prompts, G, limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0).cpu()
-        times.append(clock())
-        ended = torch.isin(tokens, eos)
-        lengths[1].append(torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1]).float().mean().item())
-        for side in (0, 1):
-            seconds[side].append(times[side + 1] - times[side])
-    return [statistics.median(x[1:]) for x in seconds], [statistics.mean(x[1:]) for x in lengths]
-
-
-class TimedPIPO:
-    """PIPO's iterations with a clock on each phase. A GRPO iteration is the same without the verification.
-
-    Rewards are made up on both sides, so that neither has grading in it: it takes milliseconds.
-    """
-
-    def __init__(self, model, tokenizer, prompts, rewards, cfg, clock=CPU_CLOCK):
-        self.model, self.tokenizer, self.prompts, self.rewards, self.cfg = model, tokenizer, prompts, rewards, cfg
-        self.optimizer, self.clock = pipo.make_optimizer(model, cfg), clock
-        self.previous, self.seconds, self.lengths, self.metrics = None, [], [], {}
-
-    def step(self):
-        """One iteration: sample, verify on the batch before (there is none in the first, the warm-up), explore."""
-        times, cfg, generator = [self.clock()], self.cfg, pipo.rng(self.model.device, len(self.seconds))
-        batch = sample(self.model, self.tokenizer, self.prompts, G, cfg.max_new_tokens, 1.0, 1.0, generator,
-                       cfg.cache_tokens)
-        batch.advantages = group_advantages(self.rewards)
-        times.append(self.clock())
-        if self.previous is not None:
-            again = improvement_rewards(self.previous.advantages, 0.5)
-            pipo.update(self.model, self.optimizer, self.previous, again, cfg, cfg.lr)
-        times.append(self.clock())
-        self.metrics = pipo.update(self.model, self.optimizer, batch, batch.advantages, cfg, cfg.lr)
-        times.append(self.clock())
-        self.previous = batch
-        self.seconds.append([b - a for a, b in zip(times, times[1:])])
-        self.lengths.append(batch.mask.sum(1).mean().item())
-
-    def median(self, *phases):
-        """Median seconds of these phases together: 0 sampling, 1 verification, 2 exploration."""
-        return statistics.median(sum(row[i] for i in phases) for row in self.seconds[1:])
-
-
-def bench_trl(path, limit, rewards, steps_each, turns, out):
-    """TRL's GRPO with `steps_each` optimizer steps a generation, in turns with PIPO.
-
-    Returns its median seconds from generation to the last step, its mean completion length, and our side.
-    """
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    cfg = Config(prompts_per_step=Q, group_size=G, max_new_tokens=limit, temperature=1.0, lr=1e-6,
-                 cache_tokens=10**6, microbatch_tokens=2048)
-    ours = TimedPIPO(pipo.load_model(path, torch.device("cpu")), AutoTokenizer.from_pretrained(path), bench_prompts(),
-                     rewards, cfg)
-    seconds, lengths = [], []
-    texts = [ours.tokenizer.decode(prompt) for prompt in ours.prompts]
-    assert ours.tokenizer(texts).input_ids == ours.prompts
-
-    def reward(completion_ids, **_):
-        lengths.append(statistics.mean(map(len, completion_ids)))
-        return rewards.flatten().tolist()
-
-    class Turns(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            self.start = CPU_CLOCK()
-
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step % steps_each == 0:
-                seconds.append(CPU_CLOCK() - self.start)
-                ours.step()
-                self.start = CPU_CLOCK()
-
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), reward_funcs=reward,
-        processing_class=ours.tokenizer, callbacks=[Turns()],
-        train_dataset=pipo.datasets.Dataset.from_dict({"prompt": texts * (turns + 1)}),
-        args=GRPOConfig(
-            output_dir=str(out), max_steps=steps_each * (turns + 1), num_iterations=steps_each, num_generations=G,
-            per_device_train_batch_size=32, gradient_accumulation_steps=Q * G // 32, max_completion_length=limit,
-            temperature=1.0, loss_type="grpo", beta=0.0, learning_rate=1e-6, lr_scheduler_type="constant",
-            weight_decay=ours.cfg.weight_decay, shuffle_dataset=False, gradient_checkpointing=False, bf16=False,
-            use_cpu=True, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    assert len(seconds) == len(ours.seconds) == turns + 1
-    return statistics.median(seconds[1:]), statistics.mean(lengths[1:]), ours
-
-
-# In a process of its own, because the peak of a process never falls. H is small, so that the logits dominate.
-LOGPROB_MEMORY = """
-import sys, torch, pipo
-from transformers import Qwen3Config, Qwen3ForCausalLM
-torch.set_num_threads(1)
-model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                     num_attention_heads=2, num_key_value_heads=1, head_dim=32))
-tokens = torch.randint(2, 151936, (8, 256))                                 # 2,048 tokens: logits of 1.2 GB
-before = pipo.peak_memory_gb(model.device)
-if sys.argv[1] == "chunked":
-    logprobs = pipo.token_logprobs(model, [[7]] * 8, tokens, torch.ones(8, 256))
-else:
-    ids = torch.cat([torch.full((8, 1), 7), tokens[:, :-1]], 1)
-    logprobs = model(ids, use_cache=False).logits.log_softmax(-1).gather(-1, tokens[..., None])
-logprobs.mean().backward()
-print(pipo.peak_memory_gb(model.device) - before)
-"""
-
-
-def logprob_memory(kind):
-    """GB that the log-probabilities of 2,048 tokens and their gradient take at Qwen3's vocabulary."""
-    command = [sys.executable, "-c", LOGPROB_MEMORY, kind]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=Path(pipo.__file__).parent).stdout)
-
-
-def bench_4b(show, tmp_path, device="cuda", limit=4096, prompts=128, **sizes):
-    """A random Qwen3-4B on a GPU: tokens a second against generate, and the phases of one whole PIPO iteration.
-
-    Lengths average about 0.38 of the limit, as above. Peak memory and the gap between sampler and trainer go along.
-    """
-    sizes = sizes or dict(QWEN3_4B, max_position_embeddings=8192, vocabulary=151936)
-    device, asked = torch.device(device), [[1000 + i] * 128 for i in range(prompts)]
-    cfg = Config(prompts_per_step=prompts, max_new_tokens=limit, max_prompt_tokens=128, temperature=1.0, save_every=0)
-    with torch.device("meta"):
-        cfg, table = pipo.plan_memory(Qwen3ForCausalLM(bench_config(limit, **sizes)), cfg, device, tmp_path)
-    print(table)
-
-    def random_model(limit, attention):
-        torch.manual_seed(0)
-        with device:
-            model = Qwen3ForCausalLM._from_config(bench_config(limit, **sizes), dtype=getattr(torch, cfg.dtype)).eval()
-        model.set_attn_implementation(attention)
-        return model
-
-    for n in (64, 256):
-        both = random_model(limit // 8, "shared_heads"), random_model(limit // 8, "sdpa")
-        seconds, lengths = bench_sampling(*both, letter_tokenizer(), asked[: n // G], limit // 8, 3, time.perf_counter)
-        rates = [n * length / s for length, s in zip(lengths, seconds)]
-        show(f"tokens a second, 4B, {n} rows", *rates, f"gpu_tokens_{n}", rates[0] / rates[1], lengths)
-        del both
-    model = random_model(limit, "shared_heads")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rewards = (torch.arange(prompts * G, device=device) % 3 == 0).float().view(-1, G)
-    pipo_run = TimedPIPO(model, letter_tokenizer(), asked, rewards, cfg, time.perf_counter)
-    pipo_run.step(), pipo_run.step()
-    figures = {"sampling": pipo_run.median(0), "verification": pipo_run.median(1), "exploration": pipo_run.median(2),
-               "peak_gb": pipo.peak_memory_gb(device), "logprob_gap": pipo_run.metrics["logprob_gap"]}
-    for name, value in figures.items():
-        show(f"4B, {prompts} x {G}: {name}", value, math.nan, f"gpu_iteration_{name}", value, pipo_run.lengths[1:])
-
-
-@only_by("bench")
-def test_bench(tmp_path):
-    """Prints a table, writes runs/bench.json. Ratios are theirs over ours: above 1 PIPO is faster or smaller."""
-    torch.set_num_threads(1)
-    pipo.transformers_logging.disable_progress_bar()
-    ratios = {}
-
-    def show(what, ours, theirs, key, ratio, lengths=()):
-        ratios[key] = ratio
-        print(f"{what:46}{ours:9.3f}{theirs:9.3f}{ratio:8.2f}   {'  '.join(f'{x:.1f}' for x in lengths)}", flush=True)
-
-    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
-    greedy = sample(tiny_model(), letter_tokenizer(), prompts, 1, 24, temperature=0)
-    assert greedy.tokens.tolist() == generate(tiny_model(), prompts, 1, 24, do_sample=False).tolist()
-    assert greedy.mask.sum(1).unique().numel() > 3
-
-    print(f"\n{'seconds (or GB)':46}{'ours':>9}{'theirs':>9}{'ratio':>8}   mean lengths")
-    plain, chunked = map(logprob_memory, ("plain", "chunked"))
-    show("GB for log-probabilities, against all at once", chunked, plain, "logprob_memory_ratio", plain / chunked)
-    for size, (limit, turns) in BENCH.items():
-        path, looks_back = bench_folder(tmp_path / size, limit), []
-        ours = pipo.load_model(path, torch.device("cpu"))
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        seconds, lengths = bench_sampling(
-            ours, theirs, AutoTokenizer.from_pretrained(path), bench_prompts(), limit, turns, CPU_CLOCK)
-        show(f"sampling, {size}", *seconds, f"sampling_{size}", seconds[1] / seconds[0], lengths)
-        for kind in ("alive", "typical"):
-            for k, word in ((1, "one"), (2, "two")):
-                trl, length, ours = bench_trl(path, limit, bench_rewards(kind), k, turns, tmp_path / "trl")
-                rows, lengths = [(f"PIPO against {word} of TRL's steps", f"pipo_vs_{word}", ours.median(0, 1, 2))], (
-                    statistics.mean(ours.lengths[1:]), length)
-                if k == 1:
-                    rows.insert(0, ("GRPO against GRPO", "grpo", ours.median(0, 2)))
-                for what, key, mine in rows:
-                    show(f"{what}, {size}, {kind}", mine, trl, f"{key}_{size}_{kind}", trl / mine, lengths)
-                if kind == "alive":  # both on the same batch, which is explored first and verified an iteration later
-                    looks_back += [after[1] / row[2] for row, after in zip(ours.seconds[1:], ours.seconds[2:])]
-                    both = ours.median(1), ours.median(2)
-        ratio = statistics.median(looks_back)
-        show(f"verification and exploration, both ours, {size}", *both, f"verify_over_explore_{size}", ratio)
-    if torch.cuda.is_available():
-        bench_4b(show, tmp_path)
-    (HERE / "runs").mkdir(exist_ok=True)
-    (HERE / "runs" / "bench.json").write_text(json.dumps(ratios, indent=2) + "\n")
