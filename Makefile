@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
-.PHONY: help run test test-trl bench experiment figures plot clean
+.PHONY: help run test test-trl bench mutants experiment figures plot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -14,11 +14,14 @@ run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an e
 test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
 	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
 
-test-trl: .venv/.trl ## the README's PIPOTrainer on TRL, in one process and in two
-	TARGET=test-trl $(BIN)/python -m pytest -q test_pipo.py -m trl $(ARGS)
+test-trl: .venv/.trl ## assets/pipo_trl.py on TRL, in one process and in two, and assets/bench.py at a tiny size
+	$(BIN)/python -m pytest -q assets/test_pipo_trl.py assets/test_bench.py $(ARGS)
 
 bench: .venv/.trl ## speed and memory against generate and TRL, on one core -> runs/bench.json (about 15 minutes)
-	TARGET=bench OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s test_pipo.py -m bench $(ARGS)
+	$(BIN)/python assets/bench.py $(ARGS)
+
+mutants: .venv/.installed ## whether the tests notice planted faults (minutes; one of them: make mutants ARGS="--only NAME")
+	$(BIN)/python assets/mutants.py $(ARGS)
 
 experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ (under two hours; goes on where it stopped)
 	$(BIN)/python assets/experiment.py run $(ARGS)
