@@ -47,23 +47,28 @@ from __future__ import annotations
 
 import argparse
 import copy
+import glob
 import hashlib
+import importlib
+import inspect
 import json
 import math
 import operator
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
 import zlib
 from collections import Counter, deque, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cmp_to_key, partial
@@ -120,15 +125,20 @@ class Config:
     # the task
     model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
     dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: a hub name (org/name or "
-                          "org/name:config), a .parquet, .jsonl, .json or .csv file, or a folder", demo="")
-    eval_dataset: str = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms", demo="")
+                          "org/name:config), a .parquet, .jsonl, .json, .csv, .tsv file or folder", demo="")
+    eval_dataset: list[str] = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms: one or several",
+                                     demo="")
+    reward: str = option("", "file.py:function to grade with instead of the verifier; called with (completion, "
+                         "answer, row), returns a number")
+    columns: str = option("", "which column asks and which answers, as in question,answer (default: known names)")
+    system: str = option("", "system message, put in front of prompts that have none")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "put behind a problem that has no \\boxed in it, not behind messages", demo="")
     warm_start: float = option(0.25, "demo: share of problems that its warm start teaches", "in [0, 1)")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", "above 0")
     # sampling
-    steps: int = option(261, "iterations", "above 0", demo=120)
+    steps: int = option(261, "iterations; 0 only evaluates", "0 or more", demo=120)
     prompts_per_step: int = option(128, "Q, prompts an iteration", "above 0", demo=32)
     group_size: int = option(8, "G, samples a prompt", "at least 2")
     max_new_tokens: int = option(4096, "longest completion", "above 0", demo=48)
@@ -149,6 +159,7 @@ class Config:
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
     constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", "finite")
     reward_noise: float = option(0.0, "share of training rewards flipped, to study noisy feedback", "in [0, 1)")
+    mask_truncated: bool = option(False, "completions cut off by the limit take no part in updates")
     # the optimizer
     lr: float = option(1e-6, "learning rate", "above 0", demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification step (default: --lr)", "above 0")
@@ -170,11 +181,19 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out")
     overwrite: bool = option(False, "delete the run that is in --out")
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", "0 or more", demo=20)
+    eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", "above 0")
+    eval_temperature: float = option(None, "temperature of evaluation (default: --temperature)", "above 0")
+    eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
     save_every: int = option(10, "steps between checkpoints, 0 for none at all", "0 or more", demo=20)
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
+    tracker: str = option("", "also send the metrics to this", choices=("", "wandb", "trackio", "tensorboard"))
 
 
+# The headings of --help, by the first setting below each.
+HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (exploration step)",
+            "feedback": "the feedback (verification step)", "lr": "the optimizer",
+            "dtype": "precision and memory", "seed": "the run", "eval_every": "evaluating, saving, showing"}
 # Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
 DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
 
@@ -195,8 +214,10 @@ def validate(cfg: Config) -> None:
     rules += [
         (cfg.minibatches and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
+        (cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
+        (not cfg.tracker or find_spec(cfg.tracker), "tracker", f"it needs the package of that name"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own"),
         (device.type in ("cpu", "cuda"), "device", "it must be cpu or a CUDA device"),
@@ -480,6 +501,7 @@ class Run:
     optimizer: object
     tracker: ImprovementTracker
     reference: torch.nn.Module | None = None  # the starting model, where there is a KL to it
+    reward: object = None  # the user's own function in place of the verifier
     previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
     past_xi: list[float] = field(default_factory=list)
     step: int = 0  # iterations done
@@ -488,10 +510,13 @@ class Run:
 PHASES = ("sample", "grade", "verification", "exploration")
 
 
-def objective_of(cfg: Config) -> Objective:
-    """The base objective with what cfg changes of it."""
+def step_with(run: Run, cfg: Config):
+    """`update` with all that both steps share: the base objective, and what cfg changes of it."""
     given = {name: getattr(cfg, name) for name in ("clip_low", "clip_high") if getattr(cfg, name) is not None}
-    return BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens, kl_coef=cfg.kl_coef, **given)
+    objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens, kl_coef=cfg.kl_coef, **given)
+    return partial(update, run.model, run.optimizer, objective=objective, temperature=cfg.temperature,
+                   minibatches=cfg.minibatches, microbatch_tokens=cfg.microbatch_tokens,
+                   max_grad_norm=cfg.max_grad_norm)
 
 
 def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tuple[float, str]:
@@ -511,10 +536,19 @@ def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tu
     return value, "positive" if value > 0 else "negative" if value < 0 else "zero"
 
 
-def grade_all(batch: Batch, problems: list[Problem]) -> tuple[Tensor, Counter]:
-    """Rewards (Q, G), and how often a completion could not be judged, by cause."""
+def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tensor, Counter]:
+    """Rewards (Q, G), and how often a completion could not be judged, by cause.
+
+    A `reward` of one's own may return any finite number: mu and xi are then of that scale's mean, and
+    G * A / sum |A| still has mean size 1.
+    """
+    def judged(text, problem):
+        if reward is not None:
+            return float(reward(text, problem.answer, problem.row)), None
+        return max((grade(text, gold) for gold in problem.golds), key=lambda graded: graded[0])
+
     G = len(batch.texts) // len(problems)
-    grades = [grade(text, problems[i // G].answer) for i, text in enumerate(batch.texts)]
+    grades = [judged(text, problems[i // G]) for i, text in enumerate(batch.texts)]
     rewards = torch.tensor([reward for reward, _ in grades], device=batch.tokens.device).view(-1, G)  # (Q, G)
     return rewards, Counter(cause for _, cause in grades if cause)
 
@@ -525,26 +559,41 @@ def flip(rewards: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(flipped.to(rewards.device), 1 - rewards, rewards)
 
 
+def check_sampler(model, batch: Batch, temperature: float) -> None:
+    """Before any update sampler and trainer must agree on the longest rows; UserError where they do not."""
+    model.train()
+    rows = batch.mask.sum(1).argsort(descending=True)[:8].cpu()  # (n,)
+    mask, prompts = batch.mask[rows], [batch.prompts[i] for i in rows.tolist()]  # (n, T)
+    with torch.no_grad():
+        again = token_logprobs(model, prompts, batch.tokens[rows], mask, temperature)  # (n, T)
+    gap = ((again - batch.behavior_logprobs[rows]).abs() * mask).sum().item() / mask.sum().item()
+    if gap > (1e-2 if model.dtype == torch.float32 else 0.1):
+        raise UserError(f"sampler and trainer disagree by {gap:.2g} in the log-probability of a token before any "
+                        "update: this model's cache, positions or dropout are not supported, and it would be "
+                        "trained on a wrong ratio")
+
+
 def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, dict]:
     """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics."""
     run.step, clock = run.step + 1, [time.perf_counter()]
-    objective = objective_of(cfg)
-    step_on = partial(update, run.model, run.optimizer, objective=objective, temperature=cfg.temperature,
-                      minibatches=cfg.minibatches, microbatch_tokens=cfg.microbatch_tokens,
-                      max_grad_norm=cfg.max_grad_norm)
+    step_on = step_with(run, cfg)
 
     # 1. sample B_t ~ pi_theta_t
     generator = rng(run.model.device, cfg.seed, "sample", run.step)
     batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], cfg.group_size, cfg.max_new_tokens,
                    cfg.temperature, cfg.top_p, generator, cfg.cache_tokens)
+    if run.step == 1:
+        check_sampler(run.model, batch, cfg.temperature)
     clock.append(time.perf_counter())
 
     # 2. grade it; mu_t is the mean over every sample, before any is left out
-    rewards, failures = grade_all(batch, problems)  # (Q, G)
+    rewards, failures = grade_all(batch, problems, run.reward)  # (Q, G)
     batch.rewards = flip(rewards, cfg.reward_noise, rng("cpu", cfg.seed, "noise", run.step))
     mu = batch.rewards.mean(dtype=torch.float64).item()
     # 3. how much better each sample did than its group
-    batch.advantages = group_advantages(batch.rewards, objective.normalize_std)  # (Q, G)
+    batch.advantages = group_advantages(batch.rewards, BASES[cfg.base].normalize_std)  # (Q, G)
+    if cfg.mask_truncated:  # their group's mean and spread, and mu, keep them
+        batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0
     clock.append(time.perf_counter())
 
     # 4. look back, did the last updates help? xi against the last K rewards; 5. phi, or a control in its place
@@ -593,15 +642,28 @@ def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Probl
     return chosen
 
 
-def evaluate(model, tokenizer, problems: list[Problem], cfg: Config, generator=None) -> dict:
-    """pass@1 with its standard error: one completion a problem, sampled as in training."""
-    start, prompts = time.perf_counter(), [p.prompt for p in problems]
-    batch = sample(model, tokenizer, prompts, 1, cfg.max_new_tokens, cfg.temperature, cfg.top_p, generator,
-                   cfg.cache_tokens)
-    p = grade_all(batch, problems)[0].mean().item()
-    return {"eval_pass@1": p, "eval_stderr": math.sqrt(p * (1 - p) / len(problems)),
-            "eval_truncated": batch.truncated.float().mean().item(),
-            "seconds_evaluation": time.perf_counter() - start}
+def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generator=None) -> dict:
+    """pass@1 of each held-out set, the mean over --eval-samples a problem, its standard error over problems.
+
+    With several samples also the unbiased pass@k (2107.03374) for k = 2, 4, ...; `eval_*` is the mean over sets.
+    """
+    start, scores, n = time.perf_counter(), {}, cfg.eval_samples
+    for name, problems in held_out.items():
+        batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens,
+                       cfg.eval_temperature or cfg.temperature, cfg.eval_top_p or cfg.top_p, generator,
+                       cfg.cache_tokens)
+        rewards = grade_all(batch, problems, run.reward)[0].double()  # (Q, n)
+        scores[f"eval/{name}/pass@1"] = rewards.mean().item()
+        scores[f"eval/{name}/stderr"] = rewards.mean(1).std(correction=0).item() / math.sqrt(len(problems))
+        scores[f"eval/{name}/truncated"] = batch.truncated.float().mean().item()
+        for k in (2**i for i in range(1, n.bit_length())):
+            misses = [math.comb(n - int(c), k) / math.comb(n, k) for c in rewards.sum(1)]
+            scores[f"eval/{name}/pass@{k}"] = 1 - statistics.mean(misses)
+    for key in ("pass@1", "stderr", "truncated"):
+        values = [scores[f"eval/{name}/{key}"] for name in held_out]
+        size = math.hypot(*values) if key == "stderr" else sum(values)
+        scores[f"eval_{key}"] = size / len(values)
+    return scores | {"seconds_evaluation": time.perf_counter() - start}
 
 
 def pick_samples(batch: Batch, problems: list[Problem], step: int, show: bool) -> list[dict]:
@@ -618,7 +680,38 @@ def pick_samples(batch: Batch, problems: list[Problem], step: int, show: bool) -
     return picks
 
 
-def set_up(cfg: Config, out: Path, state: dict | None):
+def held_out_names(cfg: Config) -> list[str]:
+    """The data sets to evaluate on."""
+    names = [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
+    return names if cfg.eval_every else []
+
+
+def load_reward(spec: str):
+    """The function that `file.py:name` names."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--reward is {spec!r}: it must be file.py:function, and there is no file {path!r}")
+    found = runpy.run_path(path).get(name)
+    if not callable(found):
+        raise UserError(f"--reward is {spec!r}: {path} has no function {name!r}")
+    return found
+
+
+def open_tracker(cfg: Config, out: Path):
+    """A function that sends a row of metrics to --tracker, whose package is imported only when asked for."""
+    if not cfg.tracker:
+        return lambda row: None
+    if cfg.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out)
+        return lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items()
+                            if isinstance(value, (int, float))]
+    tracker = importlib.import_module(cfg.tracker)
+    tracker.init(project="pipo", name=out.name, config=asdict(cfg))
+    return lambda row: tracker.log(row, step=row["step"])
+
+
+def set_up(cfg: Config, out: Path, state: dict | None, reward):
     """The run at its start, or where its checkpoint `state` left it, its problems, and cfg with no blanks left.
 
     Cheap checks come before expensive ones, and files of an earlier run are deleted last.
@@ -633,58 +726,74 @@ def set_up(cfg: Config, out: Path, state: dict | None):
                 path, "model", lambda: AutoModelForCausalLM.from_config(load_config(path), dtype=torch.bfloat16))
         cfg, table = plan_memory(shapes, cfg, device, out)
         tqdm.write(f"memory, as far as it can be told beforehand:\n{table}")
-        rows = load_rows(cfg.dataset, "train")
-        eval_rows = load_rows(cfg.eval_dataset, "test") if cfg.eval_every else []
+        rows = load_rows(cfg.dataset, "train") if cfg.steps else None
+        eval_sets = {name: load_rows(name, "test") for name in held_out_names(cfg)}
     else:
         path, cfg = str(out / "start"), replace(cfg, dtype=cfg.dtype.replace("auto", "float32"))
         eval_rows, warm, rows = demo_rows(cfg.seed)
+        eval_sets = {"demo": eval_rows} if cfg.eval_every else {}
         if not state:
             build_demo(path, cfg, warm, device)
-    tokenizer = load_or_explain(path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path))
-    problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo")
-    held_out = []
-    if cfg.eval_every:
-        held_out = read_problems(eval_rows, tokenizer, cfg, cfg.eval_dataset or "the demo")
+    tokenizer = load_or_explain(
+        path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    problems, held_out, own = [], {}, reward is not None
+    if cfg.steps:
+        problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own)
+    for name, eval_rows in eval_sets.items():
+        found = read_problems(eval_rows, tokenizer, cfg, name, own, trained_on=problems)
+        held_out[name if Path(name).stem in held_out else Path(name).stem] = found[:cfg.eval_limit or None]
+    prompts = [len(p.prompt) for some in (problems, *held_out.values()) for p in some]
+    check_positions(path, max(prompts) + cfg.max_new_tokens)
     torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {path} has the token {highest}, for which the model has no embedding")
     if cfg.kl_coef:
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
-    run = Run(model, tokenizer, make_optimizer(model, cfg), tracker, reference)
+    run = Run(model, tokenizer, make_optimizer(model, cfg), tracker, reference, reward)
     if state:
         load_checkpoint(run, state, out)
     else:
         clear_run(out)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    return run, problems, held_out[:cfg.eval_limit or None], cfg
+    return run, problems, held_out, cfg
 
 
-def train(cfg: Config) -> list[dict]:
+def train(cfg: Config, reward=None) -> list[dict]:
     """Run PIPO as `cfg` says; returns the rows of metrics.jsonl.
+
+    `reward`: a function (completion, answer, row of the data set) -> number, in place of the verifier.
 
     Raises UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
     KeyboardInterrupt, its message saying how to go on, after a signal to stop.
     """
     validate(cfg)
     settings = asdict(cfg)  # as they were given, blanks and all
+    reward = reward or (load_reward(cfg.reward) if cfg.reward else None)
     out, state = open_run(cfg)
-    run, problems, held_out, cfg = set_up(cfg, out, state)
+    run, problems, held_out, cfg = set_up(cfg, out, state, reward)
+    track = open_tracker(cfg, out)
     del state  # lets go of the mapped file
     N, size = cfg.prompts_per_step * cfg.group_size, run.model.num_parameters()
     tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on "
-               f"{run.model.device}; {len(problems):,} training and {len(held_out):,} held-out problems; steps "
+               f"{run.model.device}; {len(problems):,} training and {sum(map(len, held_out.values())):,} held-out problems; steps "
                f"{run.step + 1} to {cfg.steps}, each of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = "
                f"{N:,} sequences, at most {N * cfg.max_new_tokens:,} new tokens; files in {out}")
 
     def evaluation():
         generator = rng(run.model.device, cfg.seed, "evaluation")  # each time the same
-        scores = evaluate(run.model, run.tokenizer, held_out, cfg, generator)
-        p, stderr = scores["eval_pass@1"], scores["eval_stderr"]
-        tqdm.write(f"step {run.step}: held-out pass@1 {p:.1%} +- {stderr:.1%}")
+        scores = evaluate(run, held_out, cfg, generator)
+        for name in held_out:
+            told = [f"{key.rpartition('/')[2]} {value:.1%}" for key, value in scores.items() if f"/{name}/" in key]
+            tqdm.write(f"step {run.step}: {name} {', '.join(told)}")
         return scores
 
     if run.step == 0 and held_out:
-        append_jsonl(out / "metrics.jsonl", {"step": 0, **evaluation()})
+        row = {"step": 0, **evaluation()}
+        append_jsonl(out / "metrics.jsonl", row)
+        track(row)
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
         while run.step < cfg.steps:
             chosen = pick_problems(problems, run.step + 1, cfg)
@@ -694,7 +803,9 @@ def train(cfg: Config) -> list[dict]:
                 raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
             if held_out and (run.step % cfg.eval_every == 0 or run.step == cfg.steps):
                 row |= evaluation()
-            append_jsonl(out / "metrics.jsonl", row | {"memory_gb": peak_memory_gb(run.model.device)})
+            row["memory_gb"] = peak_memory_gb(run.model.device)
+            append_jsonl(out / "metrics.jsonl", row)
+            track(row)
             show = cfg.show_every and run.step % cfg.show_every == 0
             append_jsonl(out / "samples.jsonl", *pick_samples(batch, chosen, run.step, show))
             told = {name: f"{row[name]:.2f}" for name in ("mu", "xi", "phi") if row[name] is not None}
@@ -706,8 +817,9 @@ def train(cfg: Config) -> list[dict]:
             if stop:
                 how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
                 raise KeyboardInterrupt(f"stopped after step {run.step}; {how}")
-    run.model.save_pretrained(out / "model")
-    run.tokenizer.save_pretrained(out / "model")
+    if cfg.steps:
+        run.model.save_pretrained(out / "model")
+        run.tokenizer.save_pretrained(out / "model")
     rows = read_jsonl(out / "metrics.jsonl")
     verdicts = Counter(row["feedback"] for row in rows if "feedback" in row)
     print(f"feedback: {dict(verdicts)}; metrics, samples, the last checkpoint and the model are in {out}")
@@ -746,11 +858,16 @@ class Batch:
 def eos_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: Qwen3 has two, and models that miss one ramble on."""
     configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    ids = sorted({i for i in [*configured, tokenizer.eos_token_id] if i is not None})
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    if tokenizer.chat_template:  # the EOS of a base model ends a document; its template ends a turn otherwise
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        first = tokenizer(tail.strip(), add_special_tokens=False).input_ids[:1]
+        ids.update(i for i in first if i in tokenizer.added_tokens_decoder)
+    ids.discard(None)
     if not ids:
         raise UserError("neither the model's generation_config nor its tokenizer names an end of sequence")
-    return ids
+    return sorted(ids)
 
 
 def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Tensor]:
@@ -787,7 +904,7 @@ def shared_heads_attention(module, query, key, value, attention_mask, scaling=No
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     query = query.reshape(n, key.shape[1], -1, D)  # (n, kv heads, queries of each, D)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(n, 1, heads, D), None
+    return output.reshape(n, 1, heads, value.shape[-1]), None
 
 
 transformers.AttentionInterface.register("shared_heads", shared_heads_attention)
@@ -834,6 +951,11 @@ def move_rows(caches: list[Cache], rows: Tensor, room: int) -> Cache:
     return Cache(layers)
 
 
+def cache_name(model) -> str:
+    """What a forward pass calls the key-value cache: transformers renames it (5.20 knows one, 5.40 the other)."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     """Read n prefixes, equal ones once, `prefill_tokens` at a time.
 
@@ -847,8 +969,8 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     for part, mask in zip(*(x.split(max(1, prefill_tokens // ids.shape[1])) for x in (ids, seen))):
         caches.append(DynamicCache())
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits.append(model(part, attention_mask=mask, position_ids=position_ids, past_key_values=caches[-1],
-                            use_cache=True, logits_to_keep=1).logits[:, -1])
+        logits.append(model(part, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1,
+                            **{cache_name(model): caches[-1]}).logits[:, -1])
     rows = torch.tensor([place[prefix] for prefix in prefixes], device=model.device)  # (n,)
     return caches, torch.cat(logits)[rows], seen[rows], rows
 
@@ -859,13 +981,13 @@ def decode_chunk(model, cache, seen, token, logits, steps, temperature, top_p, g
     seen (n, P); the last token drawn (n,), not in the cache yet, or None and the next one's logits (n, V).
     Returns tokens (n, steps), their log-probabilities, and `seen` as it is now.
     """
-    tokens, logprobs = [], []
+    tokens, logprobs, name = [], [], cache_name(model)
     for _ in range(steps):
         if token is not None:
             seen = F.pad(seen, (0, 1), value=1)  # (n, P + 1)
             position_ids = seen.sum(-1, keepdim=True) - 1  # (n, 1)
-            logits = model(token[:, None], attention_mask=seen, position_ids=position_ids, past_key_values=cache,
-                           use_cache=True).logits[:, -1]  # (n, V)
+            logits = model(token[:, None], attention_mask=seen, position_ids=position_ids, use_cache=True,
+                           **{name: cache}).logits[:, -1]  # (n, V)
         token, logprob = draw(logits, temperature, top_p, generator)  # (n,), (n,)
         tokens.append(token)
         logprobs.append(logprob)
@@ -1573,6 +1695,11 @@ class Reader(Arithmetic):
 # --- Judging
 
 
+def readable(answer: str) -> bool:  # PLACEHOLDER of the data section: the verifying section has the real one
+    """Whether the verifier can read an answer as more than text."""
+    return True
+
+
 def grade(completion: str, answer: str) -> tuple[float, str | None]:
     """(1.0 or 0.0, cause): whether the final answer of a completion equals the given answer.
 
@@ -1604,115 +1731,247 @@ def verify(completion: str, answer: str) -> float:
 # tensors.
 # ------------------------------------------------------------------------------------------------------------
 
-LAYOUTS = (("prompt", "reward_model"), ("problem", "answer"), ("problem", "solution"), ("question", "answer"),
-           ("prompt", "answer"), ("prompt", "solution"), ("prompt", "ground_truth"))  # the first match counts
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+ASKING = ("prompt", "problem", "question", "messages")  # the first of these columns asks
+# Each row's answer is in the first of these that has one.
+ANSWERING = ("reward_model", "final_answer", "expected_answer", "answer", "ground_truth", "solution")
+MARKED = re.compile(r"\\(?:boxed|fbox)|####")  # a text that says what in it is the answer
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
+ROLES = {"human": "user", "gpt": "assistant"}
+READERS = {".parquet": {"path": "parquet"}, ".jsonl": {"path": "json"}, ".json": {"path": "json"},
+           ".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}}
 
 
 class Problem(NamedTuple):
-    """One question with its answer, ready to be asked."""
+    """One question with its answers, ready to be asked."""
     text: str  # the question, for people
     prompt: list[int]  # token ids
-    answer: str
+    answer: str  # the first gold, for people; "" without any
+    golds: tuple[str, ...]  # any of them is right
+    row: dict  # of the dataset, whole, for a reward function of the user's own; otherwise {}
 
 
 def load_or_explain(name: str, what: str, load):
-    """load(), with the failure to find `name`, a path here or a name on the hub, told in one sentence."""
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
+    """load(), with the failure to find or read `name`, a path or a name on the hub, told in one sentence."""
+    if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
         raise UserError(f"the {what} {name} does not exist")
     try:
         return load()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"the {what} {name} can be read neither here nor from the hub: {first_line(error)}")
+    except UserError:
+        raise
+    except Exception as error:  # the files are anybody's, and libraries raise whatever they stumble over
+        raise UserError(f"the {what} {name} can be read neither here nor from the hub: {cause_of(error)}")
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in one line; where it only says that there was another, that one."""
+    while str(error) == "An error occurred while generating the dataset" and error.__cause__:
+        error = error.__cause__
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
-    """The rows of a local file, a folder or a hub dataset: `split` if it has one by that name, else its first."""
-    path, (hub_name, _, config) = Path(name), name.partition(":")
-    source = {"path": name} if path.exists() else {"path": hub_name, "name": config or None}
-    if path.is_file():
-        if path.suffix not in READERS or path.stat().st_size == 0:
-            raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
-        source = {"path": READERS[path.suffix], "data_files": name}
-    splits = load_or_explain(name, "dataset", lambda: datasets.load_dataset(**source))
-    if split not in splits:
-        split = next(iter(splits))
-        if not path.is_file():  # a file has no other
-            tqdm.write(f"the dataset {name} is read from its split {split!r}")
-    return splits[split]
+    """The rows of a file, a folder or a hub dataset: those of `split`, or of what comes nearest to it."""
+    path, (hub_name, _, config) = os.path.expanduser(name), name.partition(":")
+    is_file, is_folder, ending = os.path.isfile(path), os.path.isdir(path), Path(path).suffix.lower()
+    literal = glob.escape(os.path.abspath(path))  # datasets would read br1.jsonl for br[1].jsonl
+    if is_file and (ending not in READERS or os.path.getsize(path) == 0):
+        raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
+    saved = os.path.exists(f"{path}/state.json") or os.path.exists(f"{path}/dataset_dict.json")
+    if is_folder and not saved and literal != os.path.abspath(path):
+        raise UserError(f"the folder {name} has a [, ? or * in its path, a pattern to datasets: rename it")
+    source = {"path": path} if is_folder else {"path": hub_name, "name": config or None}
+    if is_file:
+        source = READERS[ending] | {"data_files": literal}
+    load = partial(datasets.load_from_disk, path) if saved else partial(datasets.load_dataset, **source)
+    splits = load_or_explain(path, "dataset", load)
+    if isinstance(splits, datasets.Dataset):  # saved to disk without splits
+        return splits
+    wanted = (split, "validation", "valid", "val", "dev", *splits)  # best first
+    found = next(candidate for candidate in wanted if candidate in splits)
+    if found != split and not is_file:  # a file has no other
+        tqdm.write(f"the dataset {name} is read from its split {found!r}")
+    return splits[found]
+
+
+def find_columns(rows, columns: str, name: str, own_reward: bool, held_out: bool):
+    """The name of the column that asks, and a list of those that answer: `columns`, or else known ones.
+
+    Held-out problems may lack those of --columns. A reward function of one's own needs no answers.
+    """
+    there = rows.column_names if isinstance(rows, datasets.Dataset) else list(*rows[:1])
+    asking, *answering = [column.strip() for column in columns.split(",")]
+    if not columns or held_out and not {asking, *answering} <= set(there):
+        spelled = {column.lower(): column for column in sorted(there)}  # Problem is problem
+        asking = next((spelled[column] for column in ASKING if column in spelled), None)
+        answering = [spelled[column] for column in ANSWERING if column in spelled]
+    if not {asking, *answering} <= set(there) or not (answering or own_reward):
+        given = f"--columns is {columns!r}, but " if columns else ""
+        raise UserError(f"{given}{name} has the columns {', '.join(there) or '(none)'}; understood are "
+                        f"{', '.join(ASKING)} + {', '.join(ANSWERING)}, or as --columns question,answer says")
+    return asking, answering
+
+
+def read_golds(cell, worked: bool = False) -> list[str]:
+    """The answers in a cell, any of which is right; so an answer of two parts is a single text, "1, 2".
+
+    Of a `worked` solution it is the last box (or GSM8K's ####), and none without one.
+    """
+    if isinstance(cell, str) and re.match(r'\s*[\[{]\s*"', cell):  # JSON; [1, 2] is an interval
+        with suppress(ValueError, RecursionError):
+            cell = json.loads(cell)
+    if isinstance(cell, dict):  # verl: {"ground_truth": "5" or ["5"], ...}
+        return read_golds(cell.get("ground_truth"), worked)
+    if isinstance(cell, list):
+        return [gold for item in cell for gold in read_golds(item, worked)]
+    if isinstance(cell, float) and cell.is_integer():  # a gap in a column makes all its numbers floats
+        cell = int(cell)
+    text = "" if cell is None else str(cell).strip()
+    bare = not worked and not MARKED.search(text)
+    answer = extract_answer(text) or (text if bare else "")
+    none = answer.lower() in ("", "[]", "nan", "proof", "notfound")  # the last two: NuminaMath-1.5
+    return [] if none else [answer]
+
+
+def read_messages(cell, system: str = "") -> list[dict]:
+    """The messages of a prompt, a text being one of the user's; [] where one has no role or is not all text.
+
+    Understands {"role", "content"} and {"from", "value"}, and contents in parts. `system` is put in front
+    where there is no such message.
+    """
+    messages = []
+    for turn in cell if isinstance(cell, list) else [{"role": "user", "content": cell}]:
+        turn = turn if isinstance(turn, dict) else {}
+        role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
+        parts = content if isinstance(content, list) else [content]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if not role or not all(isinstance(text, str) for text in texts):
+            return []
+        messages.append({"role": ROLES.get(role, role), "content": "".join(texts)})
+    if system and all(message["role"] != "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
 
 
 def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]:
-    """Token ids of a prompt: through the chat template where there is one, as plain text otherwise."""
+    """Token ids of a prompt: through the chat template where there is one, as plain text otherwise.
+
+    An assistant's message at the end is the start of the completion.
+    """
     if not tokenizer.chat_template:
         return tokenizer("\n\n".join(message["content"] for message in messages)).input_ids
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    begun = messages[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not begun,
+                                         continue_final_message=begun, enable_thinking=thinking)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def read_answer(gold, worked: bool) -> str:
-    """The answer in a gold cell; of a `worked` solution its last box (or GSM8K's ####), "" without one."""
-    if isinstance(gold, dict):  # verl: {"ground_truth": "5" or ["5"], ...}
-        gold = gold.get("ground_truth")
-    if isinstance(gold, list) and gold:
-        gold = gold[0]
-    gold = "" if gold is None else str(gold)
-    return extract_answer(gold) or ("" if worked else gold.strip())
+def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = False,
+                  trained_on: list[Problem] | None = None) -> list[Problem]:
+    """Turn dataset rows into problems; says how many were left out and why. UserError if none is left.
 
-
-def read_problems(rows, tokenizer, cfg: Config, name: str) -> list[Problem]:
-    """Turn dataset rows into problems; says how many were left out and why. UserError if none is left."""
-    columns = rows[0].keys() if len(rows) else []
-    layout = next((pair for pair in LAYOUTS if set(pair) <= set(columns)), None)
-    if layout is None:
-        raise UserError(f"{name} has the columns {', '.join(columns) or '(none)'}; understood are "
-                        + "; ".join(" + ".join(pair) for pair in LAYOUTS))
+    `own_reward`: for a reward function of the user's own, which gets the whole row and may need no answer.
+    `trained_on`: the training problems, where these are held out: what is among both is warned of.
+    """
+    asking, answering = find_columns(rows, cfg.columns, name, own_reward, held_out=trained_on is not None)
+    if isinstance(rows, datasets.Dataset) and not own_reward:
+        rows = rows.select_columns(list({asking, *answering}))  # others can be images, or long
+    # A solution is worked out if any is marked, or if another column has the answers; otherwise it is bare.
+    worked = [column for column in answering if column.lower() == "solution"
+              and (len(answering) > 1 or any(MARKED.search(str(row[column])) for row in rows))]
     problems, left_out = [], Counter()
-    for row in rows:
-        prompt, gold = (row[column] for column in layout)
-        answer = read_answer(gold, worked=layout[1] == "solution")
-        if not answer or not prompt:
-            left_out["without a question or an answer"] += 1
-            continue
-        if isinstance(prompt, list):
-            text, messages = prompt[-1]["content"], prompt
+    for number, row in enumerate(rows, 1):
+        golds = next(filter(None, (read_golds(row[column], column in worked) for column in answering)), [])
+        messages = read_messages(row[asking], cfg.system)
+        text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+        if isinstance(row[asking], str) and "\\boxed" not in text:
+            messages[-1]["content"] += cfg.instruction
+        broken = SURROGATE.search("".join([*golds, *(message["content"] for message in messages)]))
+        reason = ("without an answer" if not golds and not own_reward else
+                  "without a question in text" if not text.strip() else
+                  "with broken UTF-8" if broken else "")
+        try:
+            ids = [] if reason else encode(tokenizer, messages, cfg.thinking)
+        except Exception as error:  # a chat template is a program of its own: it may raise anything
+            raise UserError(f"row {number} of {name} cannot be made a prompt: {cause_of(error)}")
+        if not reason and not 0 < len(ids) <= cfg.max_prompt_tokens:
+            reason = f"with a prompt over {cfg.max_prompt_tokens} tokens" if ids else "with no token to ask"
+        if reason:
+            left_out[reason] += 1
         else:
-            text = str(prompt)
-            instruction = "" if "\\boxed" in text else cfg.instruction
-            messages = [{"role": "user", "content": text + instruction}]
-        ids = encode(tokenizer, messages, cfg.thinking)
-        if len(ids) > cfg.max_prompt_tokens:
-            left_out[f"with a prompt over {cfg.max_prompt_tokens} tokens"] += 1
-            continue
-        problems.append(Problem(text, ids, answer))
+            row = row if own_reward else {}  # rows can be large
+            problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row))
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
-        raise UserError(f"no usable problem in {name}: {reasons}")
+        raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
     if reasons:
         tqdm.write(f"left out of {name}: {reasons}")
+    as_text = [] if own_reward else [p.answer for p in problems if not any(map(readable, p.golds))]
+    if as_text:
+        tqdm.write(f"{len(as_text)} golds of {name} are compared as text only, such as {as_text[0]!r}")
+    known = {tuple(problem.prompt) for problem in trained_on or ()}
+    shared = sum(tuple(problem.prompt) in known for problem in problems)
+    if shared:
+        tqdm.write(f"warning: {shared} of the {len(problems)} held-out problems in {name} are trained on too")
     return problems
+
+
+def base_folder(path: str) -> str:
+    """Where the weights of the model at `path` are: there, or where its adapters (of --lora) say."""
+    adapters = Path(path, "adapter_config.json")
+    return json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
 
 
 def load_config(path: str):
     """The configuration of the model at `path`, without dropout: the ratio must be 1 before the first update."""
-    config = load_or_explain(path, "model", lambda: AutoConfig.from_pretrained(path))
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    config = load_or_explain(
+        path, "model", lambda: AutoConfig.from_pretrained(base_folder(path), trust_remote_code=False))
+    text = config.get_text_config()
+    for part in (config, text):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise UserError(f"{path} has layers of the kind {', '.join(sorted(kinds))}: not supported")
     return config
 
 
+def check_positions(path: str, longest: int) -> None:
+    """Refuse a model whose positions `longest` tokens would break; warn where they are only beyond its training."""
+    config = load_config(path).get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one a kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+            limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+            if longest > limit:
+                raise UserError(f"{path} turns positions otherwise beyond {limit:,} tokens, which keys in the cache "
+                                f"do not follow; a completion can end at {longest:,}: give a smaller --max-new-tokens")
+    if longest > limit and not ropes:
+        raise UserError(f"{path} has {limit:,} positions, but a prompt and its completion can take {longest:,}: "
+                        "give a smaller --max-new-tokens")
+    if longest > limit:
+        tqdm.write(f"warning: {path} was made for {limit:,} tokens; a completion can end at {longest:,}")
+
+
 def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainable: bool = True):
     """The causal language model at `path`; with `lora`, frozen but for float32 adapters of that rank.
 
-    Raises UserError where that is no such model.
+    Raises UserError where that is no such model, or not all of it.
     """
-    model = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
-        path, config=load_config(path), dtype=getattr(torch, dtype)))
+    model, found = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
+        base_folder(path), config=load_config(path), dtype=getattr(torch, dtype), trust_remote_code=False,
+        output_loading_info=True))
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would start at random")
+    if base_folder(path) != path:
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample, say, with which save_pretrained refuses to save
+        model.generation_config.do_sample = True
     model = model.to(device).requires_grad_(trainable and not lora).eval()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("shared_heads")
@@ -1837,9 +2096,12 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     there = ("cpu" if crowded else here) if cfg.optimizer_device == "auto" else cfg.optimizer_device
     adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
 
+    for module in shapes.modules():  # positions do not matter here, and some kinds cannot be computed without data
+        if hasattr(module, "rope_type"):
+            module.rope_type = "default"
     one_token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     with torch.no_grad():  # what it leaves in the cache
-        layers = shapes(one_token, use_cache=True).past_key_values.layers
+        layers = shapes(one_token, use_cache=True)[cache_name(shapes)].layers
     cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) * size
     # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
     layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
@@ -1912,12 +2174,13 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
     torch.manual_seed(cfg.seed)
     model, tokenizer = demo_model(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    run = Run(model, tokenizer, optimizer, tracker=None)
     prompts = [tokenizer(row["problem"]).input_ids for row in warm]
     solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm]
     tokens = padded(solutions, device)  # (n, T)
     mask = padded([[1.0] * len(s) for s in solutions], device)  # (n, T)
     not_trained_on = zip(warm[:256], prompts)
-    probe = [Problem(row["problem"], ids, row["answer"]) for row, ids in not_trained_on]
+    probe = [Problem(row["problem"], ids, row["answer"], (row["answer"],), {}) for row, ids in not_trained_on]
     bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
     for step in bar:
         generator = rng("cpu", cfg.seed, "warm start", step)
@@ -1930,7 +2193,7 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
         optimizer.zero_grad()
         if step % 10 == 0:
             generator = rng(device, cfg.seed, "probe", step)
-            right = evaluate(model, tokenizer, probe, cfg, generator)["eval_pass@1"]
+            right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
             bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
             if right >= cfg.warm_start:
                 break
@@ -2076,7 +2339,11 @@ def parse(arguments: list[str] | None = None) -> Config:
         kind = dict(type=types[f.name], choices=f.metadata["choices"])
         if types[f.name] is bool:
             kind = dict(action="store_true")
-        parser.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
+        if types[f.name] == list[str]:
+            kind = dict(nargs="+")
+        if f.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[f.name])
+        group.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
     given = vars(parser.parse_args(arguments))
     return Config(**({} if given.get("model") else DEMO) | given)
 

@@ -47,16 +47,18 @@ from dataclasses import fields, replace
 from decimal import getcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
+import datasets
 import mpmath
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config,
-    Qwen3ForCausalLM)
+    AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config,
+    GPT2LMHeadModel, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 import pipo
 from pipo import (
@@ -79,7 +81,7 @@ def iterate(monkeypatch):
     """iterate(run, rewards, cfg): a real iteration -> (batch, row of metrics, what each `update` was given).
 
     Two things are not real: the sampler, which hands out answers that earn `rewards` (Q, G) from the
-    verifier, and `update`, which only notes down what it was called with.
+    verifier (and is not checked), and `update`, which only notes down what it was called with.
     """
     signature, calls = inspect.signature(pipo.update), []
 
@@ -96,8 +98,9 @@ def iterate(monkeypatch):
         batch = pipo.Batch([[7]] * N, tokens, mask, -mask, torch.zeros(N), texts)
         monkeypatch.setattr(pipo, "sample", lambda *_, **__: batch)
         monkeypatch.setattr(pipo, "update", noted)
+        monkeypatch.setattr(pipo, "check_sampler", lambda *_: None)
         calls.clear()
-        _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1")] * len(rewards), cfg)
+        _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1", ("1",), {})] * len(rewards), cfg)
         return batch, row, list(calls)
 
     return one_iteration
@@ -302,8 +305,9 @@ def test_every_number_is_held_to_its_bound(f, monkeypatch):
 
 
 @pytest.mark.parametrize("f", [f for f in fields(Config) if f.metadata["choices"]], ids=lambda f: f.name)
-def test_every_choice_is_one_of_those_named(f):
+def test_every_choice_is_one_of_those_named(f, monkeypatch):
     """From Python too: argparse guards only the command line."""
+    monkeypatch.setattr(pipo, "find_spec", lambda package: True)  # as if every tracker were installed
     sentence = f"^{pipo.flag(f.name)} is 'other': it must be one of .*" + ".*".join(f.metadata["choices"])
     with pytest.raises(UserError, match=sentence):
         pipo.validate(Config(model="any", **{f.name: "other"}))
@@ -588,6 +592,18 @@ def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, di
     assert (change[right].mean() - change[wrong].mean()) * direction > 0
 
 
+def test_the_learning_rate_is_the_one_of_the_call(tokenizer):
+    """Guards against the rate that the optimizer was made with: pi_lr would be ignored."""
+    moves = []
+    for lr in (0.01, 0.02):
+        model = tiny_model()
+        batch, before = batch_of(model, tokenizer), weights(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], lr)
+        moves.append(weights(model) - before)
+    assert torch.allclose(2 * moves[0], moves[1], atol=1e-6) and 0 < moves[0].norm() < 0.011
+
+
 def test_no_step_without_signal(tokenizer):
     """AdamW moves weights on momentum and decay even when the gradient is zero: no signal, no step at all."""
     model = tiny_model()
@@ -869,13 +885,32 @@ def test_every_epoch_shows_every_problem_once(Q, n):
 def test_evaluation_is_the_mean_grade_with_its_standard_error(model, tokenizer, graded_by_coin):
     """Guards against groups where one answer a problem is meant, and sampling that is not training's."""
     cfg = Config(max_new_tokens=16, temperature=0.8, top_p=0.9)
-    problems = [pipo.Problem("", prompt, "") for prompt in PROMPTS * 8]
-    scores = pipo.evaluate(model, tokenizer, problems, cfg, pipo.rng("cpu", 3))
+    problems = [pipo.Problem("", prompt, "", ("",), {}) for prompt in PROMPTS * 8]
+    run = pipo.Run(model, tokenizer, None, None)
+    scores = pipo.evaluate(run, {"set": problems}, cfg, pipo.rng("cpu", 3))
     batch = sample(model, tokenizer, [p.prompt for p in problems], 1, 16, 0.8, 0.9, pipo.rng("cpu", 3))
     p = statistics.mean(coin(text, "")[0] for text in batch.texts)
     assert scores["eval_pass@1"] == pytest.approx(p) and 0 < p < 1
     assert scores["eval_stderr"] == pytest.approx((p * (1 - p) / 32) ** 0.5)
     assert scores["eval_truncated"] == pytest.approx(batch.truncated.float().mean().item())
+
+
+def test_noise_in_the_rewards_depends_on_seed_and_step_alone(folder, tmp_path, graded_by_coin, monkeypatch):
+    """Guards against noise that changes with the arm, comes after mu or the advantages, or is in evaluations."""
+    plain_advantages, seen, evaluated = pipo.group_advantages, {}, {}
+    for name, changes in [("plain", {}), ("noisy", dict(reward_noise=0.25)),
+                          ("other arm", dict(reward_noise=0.25, feedback="pipo"))]:
+        seen[name] = []
+        monkeypatch.setattr(pipo, "group_advantages", lambda rewards, *a: (
+            seen[name].append(rewards.clone()), plain_advantages(rewards, *a))[1])
+        cfg = settings(folder, tmp_path / name, steps=3, lr=1e-12, eval_every=1,  # all runs sample the same
+                       eval_dataset=str(folder / "train.jsonl"), **{"feedback": "none", **changes})
+        evaluated[name] = [row["eval_pass@1"] for row in pipo.train(cfg)]
+    for step, (before, after, other) in enumerate(zip(*seen.values(), strict=True), 1):
+        flipped = torch.rand(4, 4, generator=pipo.rng("cpu", 0, "noise", step)) < 0.25
+        assert flipped.any() and torch.equal(after, torch.where(flipped, 1 - before, before))
+        assert torch.equal(after, other)
+    assert len(set(evaluated["plain"] + evaluated["noisy"])) == 1  # and each time drawn alike
 
 
 def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
@@ -1291,60 +1326,394 @@ def test_random_numbers():
 # Data and models. Every layout that the README names, what is left out (and said so), and no dropout.
 # ------------------------------------------------------------------------------------------------------------
 
-ASKED = [{"role": "user", "content": "q"}]
+@pytest.fixture(scope="module")
+def chat():
+    """A template that marks roles by their first letter: (uab)(sab), then g where the model is to go on."""
+    tokenizer = letter_tokenizer(LETTERS + "()")
+    tokenizer.chat_template = (
+        "{% for m in messages %}({{ m.role[0] }}{{ m.content }}){% endfor %}"
+        "{% if add_generation_prompt %}g{% endif %}"
+    )
+    return tokenizer
+
+
+def read(rows, tokenizer, name="rows", own_reward=False, trained_on=None, **settings):
+    """Problems from a list of rows, read as a dataset would be: with no instruction, unless given."""
+    rows = Dataset.from_list(rows) if rows and isinstance(rows, list) else rows
+    cfg = Config(**{"instruction": "", **settings})
+    return pipo.read_problems(rows, tokenizer, cfg, name, own_reward=own_reward, trained_on=trained_on)
+
+
+def sentence_of(call):
+    """The one sentence with which a call is refused."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+USER = [{"role": "user", "content": "q"}]
 LAYOUTS = [
-    ({"prompt": ASKED, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
-    ({"prompt": ASKED, "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "solution": "y"},
-     "5"),
+    ({"prompt": USER, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
+    ({"prompt": USER, "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "answer": 6}, "5"),
     ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
     ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
     ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
     ({"prompt": "q", "answer": 5}, "5"),
     ({"prompt": "q", "solution": "\\boxed{5}"}, "5"),
-    ({"prompt": "q", "ground_truth": "5"}, "5")]
+    ({"prompt": "q", "ground_truth": "5"}, "5"),
+    ({"prompt": USER, "solution": "5"}, "5"),  # trl-lib/DeepMath-103K
+    ({"question": "q", "final_answer": ["5"], "solution": ["so it is 6."]}, "5"),  # OlympiadBench
+    ({"question": "q", "final_answer": "5", "r1_solution_1": "\\boxed{6}"}, "5"),  # zwhe99/DeepMath-103K
+    ({"problem": "q", "expected_answer": "5", "generated_solution": "\\boxed{6}"}, "5"),  # OpenMathReasoning
+    ({"question": "q", "solution": "so \\boxed{5}"}, "5"),
+    ({"messages": USER, "answer": "5"}, "5"),
+    ({"ID": "x", "Problem": "q", "Solution": "so \\boxed{6}", "Answer": 5}, "5"),  # Maxwell-Jia/AIME_2024
+    ({"prompt": USER, "reward_model": '{"ground_truth": "[\\"5\\"]"}'}, "5"),  # Skywork-OR1
+    ({"problem": "q", "PROBLEM": "x", "answer": "5"}, "5"),
+]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "folder"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "tsv", "folder", "disk", "disks"])
 def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
-    """Guards against a column taken for another where several would do, and a list read as text."""
+    """A column that is not recognised; the gold of another column; a file type read as something else."""
     for i, (row, gold) in enumerate(LAYOUTS):
-        if ending == "csv" and not all(isinstance(value, (str, int)) for value in row.values()):
+        if ending in ("csv", "tsv") and not all(isinstance(value, (str, int)) for value in row.values()):
             continue
-        name = tmp_path / (f"{i}.{ending}" if ending != "folder" else str(i))
+        name = tmp_path / f"{i}.{ending}"
         rows = Dataset.from_list([row, row])
         if ending == "folder":
             name.mkdir()
             rows.to_parquet(name / "train.parquet")
         elif ending == "json":
             name.write_text(json.dumps([row, row]))
+        elif ending == "tsv":
+            rows.to_csv(name, sep="\t")
+        elif ending == "disk":
+            rows.save_to_disk(name)
+        elif ending == "disks":
+            DatasetDict(test=rows.select([0]), train=rows).save_to_disk(name)
         else:
             {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
-        rows = pipo.load_rows(str(name), "train")
-        problems = pipo.read_problems(rows, tokenizer, Config(instruction=" box"), "rows")
-        assert [p.answer for p in problems] == [gold, gold]
-        asked = "q" if isinstance(row.get("prompt"), list) else "q box"  # no instruction behind messages
+        problems = read(pipo.load_rows(str(name), "train"), tokenizer, instruction=" box")
+        assert [(p.answer, p.golds) for p in problems] == [(gold, (gold,))] * 2, row
+        asked = "q" if USER in row.values() else "q box"  # the instruction is not put behind messages
         assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
 
 
-def test_rows_without_an_answer_and_long_prompts_are_left_out_and_counted(tokenizer, capsys):
-    """Guards against problems that no answer can solve, and a data set that shrinks without a word."""
-    rows = Dataset.from_list([
-        {"problem": "ab", "solution": "\\boxed{1}"}, {"problem": "ab", "solution": "no box"},
-        {"problem": "ab", "solution": None}, {"problem": "abcdefgh", "solution": "\\boxed{1}"}])
-    assert len(pipo.read_problems(rows, tokenizer, Config(max_prompt_tokens=5, instruction=""), "rows")) == 1
+GOLDS = [
+    ('["\\\\frac{1}{2}"]', ["\\frac{1}{2}"]),  # Skywork-OR1
+    ('["1","2"]', ["1", "2"]),
+    ("[1, 2]", ["[1, 2]"]),  # an interval
+    ("[1, 2)", ["[1, 2)"]),
+    ('{"a", "b"}', ['{"a", "b"}']),  # a set: no JSON
+    ("{1, 2}", ["{1, 2}"]),
+    ("1, 2", ["1, 2"]),  # one answer of two parts
+    ("[" * 100_000 + '"', ["[" * 100_000 + '"']),
+    ('["a",' * 100_000, ['["a",' * 100_000]),
+    ('{"ground_truth": "5", "style": "rule"}', ["5"]),
+    ({"ground_truth": ["5", "\\boxed{6}"]}, ["5", "6"]),
+    ({"ground_truth": {"target": 24, "numbers": [1, 2]}}, []),  # Countdown
+    ({"target": 24, "numbers": [1, 2]}, []),
+    ('{"target": 24, "numbers": [1, 2]}', []),
+    (["1", None, ["2", 3.0]], ["1", "2", "3"]),
+    ([], []),
+    ("[]", []),
+    (None, []),
+    (float("nan"), []),
+    ("NaN", []),
+    (27.0, ["27"]),
+    (0, ["0"]),
+    (2.5, ["2.5"]),
+    (float("inf"), ["inf"]),
+    ("proof", []),
+    ("notfound", []),
+    ("  ", []),
+    ("\\boxed{}", []),
+    ("None of these", ["None of these"]),
+    ("so\n#### 1,234", ["1,234"]),
+    (" 5 ", ["5"]),
+]
+
+
+@pytest.mark.parametrize("cell, golds", GOLDS, ids=range(len(GOLDS)))
+def test_golds(cell, golds):
+    """A gold that no completion can equal: "27.0", "None", the JSON of a list, a dictionary as text."""
+    assert pipo.read_golds(cell) == golds
+
+
+def test_a_worked_solution_is_its_last_box_or_nothing():
+    """A page of prose as the gold of a row, which silently is 0 for ever."""
+    assert pipo.read_golds("first \\boxed{4}, then \\boxed{5}", worked=True) == ["5"]
+    assert pipo.read_golds(["so \\boxed{5}"], worked=True) == ["5"]
+    assert pipo.read_golds("we are done", worked=True) == []
+
+
+def test_a_solution_column_is_worked_out_or_bare_as_a_whole(tokenizer, capsys):
+    """Rows of a worked-out column whose box is missing were compared with their prose."""
+    rows = [{"problem": "ab", "solution": text} for text in ("5", "x + 1", "\\frac12")]
+    assert [p.answer for p in read(rows, tokenizer)] == ["5", "x + 1", "\\frac12"]
+    rows.append({"problem": "ab", "solution": "so \\boxed{7}"})
+    assert [p.answer for p in read(rows, tokenizer)] == ["7"]
+    assert "left out of rows: 3 without an answer" in capsys.readouterr().out
+    proofs = [{"question": "ab", "final_answer": ["3"], "solution": ["we count"]}]
+    proofs.append({"question": "ab", "final_answer": None, "solution": ["we prove it"]})
+    assert [p.answer for p in read(proofs, tokenizer)] == ["3"]
+
+
+def test_the_columns_that_answer_are_tried_in_order_in_each_row(tokenizer):
+    """An empty answer beside a solution with a box was a row less."""
+    answers = ["", None, "proof", "6"]
+    rows = [{"problem": "ab", "answer": answer, "solution": "so \\boxed{5}"} for answer in answers]
+    assert [p.golds for p in read(rows, tokenizer)] == [("5",), ("5",), ("5",), ("6",)]
+
+
+def test_columns_can_be_named(tokenizer, capsys):
+    """Columns with names of their own could not be used; a name that is not there was passed over."""
+    rows = [{"query": "ab", "response": "so \\boxed{5}", "problem": "x", "answer": "6"}]
+    assert [(p.text, p.golds) for p in read(rows, tokenizer, columns="query, response")] == [("ab", ("5",))]
+    assert [p.golds for p in read(rows, tokenizer, columns="query,response,answer")] == [("5",)]
+    said = sentence_of(lambda: read(rows, tokenizer, columns="query,label"))
+    assert "--columns is 'query,label', but rows has the columns query, response, problem, answer;" in said
+    assert "'query'" in sentence_of(lambda: read(rows, tokenizer, columns="query"))
+    assert "'query,'" in sentence_of(lambda: read(rows, tokenizer, columns="query,"))
+    # held-out problems of the usual layout go with training problems of another
+    usual = [{"problem": "ab", "answer": "7"}]
+    assert [p.answer for p in read(usual, tokenizer, columns="query,response", trained_on=[])] == ["7"]
+    unusual = [{"text": "ab", "label": "5"}]
+    said = sentence_of(lambda: read(unusual, tokenizer, columns="query,response", trained_on=[]))
+    assert said.startswith("--columns is 'query,response', but rows has the columns text, label; understood")
+    said = sentence_of(lambda: read(unusual, tokenizer))
+    assert said.startswith("rows has the columns text, label; understood are prompt, problem, question")
+    assert said.endswith("or as --columns question,answer says")
+    assert "rows has the columns (none)" in sentence_of(lambda: read([], tokenizer))
+    empty = Dataset.from_dict({"problem": [], "answer": []})
+    assert sentence_of(lambda: read(empty, tokenizer)) == "no usable problem in rows: it has no rows"
+
+
+def test_large_columns_are_not_read_and_rows_only_kept_for_ones_own_reward(tokenizer):
+    """A column of images needs Pillow; 100,000 rows of long solutions fill the host's memory."""
+    image = datasets.Features({"problem": datasets.Value("string"), "answer": datasets.Value("string"),
+                               "image": datasets.Image()})
+    broken = {"bytes": b"no picture", "path": None}
+    rows = Dataset.from_list([{"problem": "ab", "answer": "5", "image": broken}], features=image)
+    assert [p.row for p in read(rows, tokenizer)] == [{}]
+    rows = [{"problem": "ab", "target": 24, "nums": [1, 2]}, {"problem": "cd", "target": 25, "nums": [3]}]
+    problems = read(rows, tokenizer, own_reward=True)
+    assert [(p.answer, p.golds, p.row) for p in problems] == [("", (), row) for row in rows]
+    with_gold = read([{"problem": "ab", "answer": "5", "id": 1}], tokenizer, own_reward=True)
+    assert with_gold[0].golds == ("5",) and with_gold[0].row == {"problem": "ab", "answer": "5", "id": 1}
+    assert "no usable problem in rows: 1 without an answer" == sentence_of(
+        lambda: read([{"problem": "ab", "answer": None}], tokenizer))
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(tokenizer, capsys):
+    """A crash in the middle of a dataset, or rows that vanish unsaid."""
+    good = {"problem": "ab", "answer": "1"}
+    rows = [good, good | {"answer": ""}, good | {"answer": None}, good | {"problem": "abcdefgh"}]
+    rows += [good | {"problem": None}, good | {"problem": " "}, good | {"problem": "123"}]
+    problems = read(rows, tokenizer, max_prompt_tokens=5)
+    assert [p.text for p in problems] == ["ab"]
     said = capsys.readouterr().out
-    assert "left out of rows: 2 without a question or an answer; 1 with a prompt over 5 tokens" in said
+    assert (
+        "left out of rows: 2 without an answer; 1 with a prompt over 5 tokens; 2 without a question in text; "
+        "1 with no token to ask" in said
+    )
+    broken = [good, good | {"problem": "a\ud800"}, good | {"answer": '["\\ud800"]'}]  # not for Arrow
+    cfg = Config(instruction="")
+    assert len(pipo.read_problems(broken, tokenizer, cfg, "rows")) == 1
+    assert "left out of rows: 2 with broken UTF-8" in capsys.readouterr().out
+
+
+ASKED_SO = [
+    (USER, "(uq)g"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "(uab)g"),
+    ([{"role": "system", "content": "z"}, *USER], "(sz)(uq)g"),
+    ([*USER, {"role": "assistant", "content": "so"}], "(uq)(aso"),  # gone on with
+    ([{"from": "system", "value": "z"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "so"},
+      {"from": "user", "value": "r"}], "(sz)(uq)(aso)(ur)g"),
+    ([{"from": "user", "value": "q"}, {"from": "assistant", "value": "so"}], "(uq)(aso"),
+]
+
+
+@pytest.mark.parametrize("cell, asked", ASKED_SO, ids=range(len(ASKED_SO)))
+def test_prompts_through_the_chat_template(chat, cell, asked):
+    """An answer that was begun got a turn of its own; parts of a content were written as a list."""
+    problem, = read([{"prompt": cell, "answer": "5"}], chat)
+    assert chat.decode(problem.prompt) == asked
+    assert problem.text == ("r" if "ur" in asked else "ab" if "ab" in asked else "q")
+
+
+def test_prompts_without_text(chat, capsys):
+    """A message without content was a KeyError, or the word None; a picture was left out of its question."""
+    cells = [
+        [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "q"}], ["q"], [], {"a": 1}, 5,
+        [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "q"}]}],
+        [{"role": "system", "content": "q"}],
+    ]
+    rows = [{"prompt": cell, "answer": "5"} for cell in [*cells, USER]]
+    assert len(pipo.read_problems(rows, chat, Config(), "rows")) == 1
+    assert f"left out of rows: {len(cells)} without a question in text" in capsys.readouterr().out
+
+
+def test_a_system_message_stands_in_front_where_there_is_none(chat, tokenizer):
+    """--system must not displace the data's own, and must not end up behind the question."""
+    own = [{"role": "system", "content": "z"}, *USER]
+    asked = ["q", USER, own]
+    rows, cfg = [{"prompt": cell, "answer": "5"} for cell in asked], Config(system="be", instruction="box")
+    problems = pipo.read_problems(rows, chat, cfg, "rows")
+    assert [chat.decode(p.prompt) for p in problems] == ["(sbe)(uqbox)g", "(sbe)(uq)g", "(sz)(uq)g"]
+    problem, = read([{"prompt": "q", "answer": "5"}], tokenizer, system="be")
+    assert tokenizer.decode(problem.prompt) == "beq"
 
 
 def test_the_chat_template_is_used_where_there_is_one(tokenizer):
     """Without its template a chat model never emits EOS and every reward is 0."""
-    chat, messages = copy.deepcopy(tokenizer), [{"role": "user", "content": "abc"}]
+    chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
-        "{% for m in messages %}u{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}g{% endif %}{% if not enable_thinking %}n{% endif %}")
+        "{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
+        "{% if not enable_thinking %}n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "abc"}]
     assert chat.decode(pipo.encode(chat, messages)) == "uabcgn"
     assert chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
     assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}a",
+     "row 2 of rows cannot be made a prompt: TemplateError: System role not supported"),
+    ("{% for %}", "row 1 of rows cannot be made a prompt: TemplateSyntaxError: Expected an expression"),
+    ("{{ tools | length }}", "row 1 of rows cannot be made a prompt: TypeError: object of type 'NoneType'"),
+    ("{{ messages[7].content.x }}", "row 1 of rows cannot be made a prompt: UndefinedError: list object"),
+    ("{{ 1 / 0 }}", "row 1 of rows cannot be made a prompt: ZeroDivisionError: division by zero"),
+])
+def test_a_template_that_raises_is_one_sentence(tokenizer, template, says):
+    """A traceback through jinja."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = template
+    rows = [{"prompt": USER, "answer": "5"}]
+    rows.append({"prompt": [{"role": "system", "content": "z"}, *USER], "answer": "5"})
+    assert says in sentence_of(lambda: read(rows, chat))
+
+
+def test_a_tokenizer_that_raises_is_one_sentence():
+    """The exceptions of tokenizers are of no kind but Exception."""
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")))
+    said = sentence_of(lambda: read([{"prompt": "b", "answer": "5"}], words))
+    assert "row 1 of rows cannot be made a prompt: Exception: WordLevel error: Missing [UNK]" in said
+
+
+def test_golds_that_are_compared_as_text_only_are_said_once(tokenizer, capsys, monkeypatch):
+    """A dataset of proofs trains on nothing, unsaid. One gold that can be read is enough."""
+    monkeypatch.setattr(pipo, "readable", lambda answer: answer.isdigit())
+    rows = [{"problem": "ab", "answer": answer} for answer in (["5"], ["??"], ["!!"], ["??", "5"])]
+    read(rows, tokenizer)
+    assert capsys.readouterr().out.count("2 golds of rows are compared as text only, such as '??'") == 1
+    read(rows, tokenizer, own_reward=True)
+    assert "as text only" not in capsys.readouterr().out
+
+
+def test_problems_that_are_trained_on_too_are_warned_of(tmp_path, tokenizer, capsys):
+    """An evaluation on the training split, the same file or a copy of it scores what was learned by heart."""
+    rows = [{"problem": letter, "answer": "5"} for letter in "abcd"]
+    problems = read(rows, tokenizer)
+    new = {"problem": "z", "answer": "5"}
+    assert len(read([*rows[:2], new], tokenizer, "exam", trained_on=problems)) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert "warning: 2 of the 3 held-out problems in exam are trained on too" in said
+    read([new], tokenizer, trained_on=problems)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("splits, split, found", [
+    (["test", "train"], "train", "train"),
+    (["train", "test", "validation"], "test", "test"),
+    (["train", "dev"], "test", "dev"),
+    (["train", "val"], "test", "val"),
+    (["train", "validation"], "test", "validation"),
+    (["train"], "test", "train"),
+    (["test"], "train", "test"),
+    (["odd", "even"], "test", "odd"),
+])
+def test_splits(tmp_path, capsys, splits, split, found):
+    """Evaluating on "train" because the first split is that, with a "validation" beside it; unsaid."""
+    rows = {name: Dataset.from_list([{"problem": name}]) for name in splits}
+    DatasetDict(rows).save_to_disk(tmp_path / "all")
+    name = str(tmp_path / "all")
+    assert pipo.load_rows(name, split)[0] == {"problem": found}
+    said = f"the dataset {name} is read from its split {found!r}"
+    assert (said in capsys.readouterr().out) == (found != split)
+
+
+def test_a_path_is_a_path(tmp_path, monkeypatch):
+    """datasets takes br[1].jsonl for a pattern, and reads br1.jsonl; ~ is no folder of that name."""
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "a1").mkdir()
+    rows = {"br[1]": "right", "br1": "wrong", "a*": "star", "ab": "wrong", "a[1]/br": "inside", "a1/br": "no"}
+    for name, problem in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": problem}))
+    for name, problem in rows.items():
+        assert pipo.load_rows(str(tmp_path / f"{name}.jsonl"), "train")[0]["problem"] == problem
+    assert "rename it" in sentence_of(lambda: pipo.load_rows(str(tmp_path / "a[1]"), "train"))
+    Dataset.from_list([{"problem": "disk"}]).save_to_disk(tmp_path / "d[1]")
+    assert pipo.load_rows(str(tmp_path / "d[1]"), "train")[0]["problem"] == "disk"
+    monkeypatch.chdir(tmp_path / "a[1]")
+    assert pipo.load_rows("br.jsonl", "train")[0]["problem"] == "inside"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pipo.load_rows("~/br1.jsonl", "train")[0]["problem"] == "wrong"
+    (tmp_path / "UPPER.JSONL").write_text('{"problem": "upper"}')
+    assert pipo.load_rows("~/UPPER.JSONL", "train")[0]["problem"] == "upper"
+
+
+def test_files_that_cannot_be_read_are_one_sentence_with_the_cause(tmp_path, monkeypatch):
+    """"An error occurred while generating the dataset" says nothing of what is wrong with the file."""
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    (tmp_path / "mixed").mkdir()
+    texts = {
+        "broken.jsonl": b'{"problem": "a", "answer": "1"}\n{"problem":',
+        "latin.csv": b"problem,answer\na\xe9,1\n",
+        "torn.parquet": b"PAR1",
+        "notes.txt": b"x",
+        "empty.jsonl": b"",
+        "mixed/a.jsonl": b'{"problem": "a", "answer": "1"}\n',
+        "mixed/b.jsonl": b'{"problem": "a", "x": "1"}\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    for name, says in {
+        "broken.jsonl": "JSON parse error: Invalid value. in row 1",
+        "latin.csv": "codec can't decode byte 0xe9",
+        "torn.parquet": "Parquet file size is 4 bytes",
+        "mixed": "because column names don't match",
+        "notes.txt": "notes.txt is empty or not a .parquet, .jsonl, .json, .csv, .tsv file",
+        "empty.jsonl": "empty.jsonl is empty or not a",
+        "no such": "no such does not exist",
+    }.items():
+        assert says in sentence_of(lambda: pipo.load_rows(str(tmp_path / name), "train")), name
+    for name in ("nobody/nothing", "x" * 300 + "/y"):
+        assert f"{name} can be read neither" in sentence_of(lambda: pipo.load_rows(name, "train"))
+
+
+@pytest.mark.parametrize("error", [
+    ImportError("needs tiktoken"), RuntimeError("scripts are no longer supported"), KeyError("qwen9"),
+    TypeError("unexpected keyword argument"), Exception("tokenizers says this"), AttributeError("no such"),
+], ids=lambda error: type(error).__name__)
+def test_whatever_a_library_raises_is_one_sentence(error):
+    """Only three kinds of exceptions were told from a bug of pipo's."""
+    def load():
+        raise error
+    said = sentence_of(lambda: pipo.load_or_explain("org/name", "model", load))
+    assert said.startswith("the model org/name can be read neither here nor from the hub: ")
+    assert said.endswith(f"{type(error).__name__}: {error}")
+
+
+def test_what_is_said_already_is_not_said_again():
+    """A UserError from inside (layers of an unknown kind) was wrapped in "can be read neither here nor"."""
+    def load():
+        raise UserError("has layers of a kind")
+    assert sentence_of(lambda: pipo.load_or_explain("org/name", "model", load)) == "has layers of a kind"
 
 
 def test_dropout_is_off(tokenizer, tmp_path):
@@ -1364,6 +1733,228 @@ def test_weights_are_float32(folder):
     model = pipo.load_model(str(folder / "half"), CPU)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.config._attn_implementation == "shared_heads"
+
+
+def chat_tokenizer(tail="<eos>"):
+    """The letter tokenizer with a chat template that ends every turn with `tail`."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}" + tail + "{% endfor %}{% if add_generation_prompt %}a{% endif %}")
+    return tokenizer
+
+
+def in_folder(model, folder, tokenizer=None):
+    """A model folder as a user would have it."""
+    model.save_pretrained(folder)
+    (tokenizer or letter_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def refused(folder, out, sentence, **changes):
+    """train raises UserError with this sentence."""
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        pipo.train(settings(folder, out, **changes))
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_positions_that_turn_otherwise_later_are_refused(folder, tmp_path, rope_type):
+    """Past that length the cache holds keys turned the old way: the gap was 2.2, and nobody was told."""
+    sizes = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                 num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+    rope = {"rope_type": rope_type, "rope_theta": 1e4}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 24}
+        config = Phi3Config(**sizes, max_position_embeddings=128, rope_parameters=rope,
+                            original_max_position_embeddings=24)
+    else:
+        config = LlamaConfig(**sizes, max_position_embeddings=24, rope_parameters=rope | {"factor": 4.0})
+    model = in_folder(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    changes = dict(model=str(model), instruction="", steps=1)
+    refused(folder, tmp_path / "run", "turns positions otherwise beyond 24 tokens", max_new_tokens=20, **changes)
+    assert len(pipo.train(settings(folder, tmp_path / "run", **changes))) == 1
+
+
+def test_learned_positions_end_and_rotary_ones_are_warned_about(folder, tmp_path, capsys):
+    """Learned positions ended in an IndexError; rotary ones go on, on garbage, without a word."""
+    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=1)
+    gpt2 = in_folder(GPT2LMHeadModel(config), tmp_path / "gpt2")
+    sentence = "has 64 positions, but a prompt and its completion can take 105"
+    refused(folder, tmp_path / "run", sentence, model=str(gpt2), instruction="", max_new_tokens=100)
+    pipo.train(settings(folder, tmp_path / "rotary", steps=1, instruction="", max_new_tokens=200))
+    assert "was made for 128 tokens; a completion can end at 205" in capsys.readouterr().out
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, tmp_path, monkeypatch):
+    """A general guard: whatever a new architecture does to cache or positions, no run starts on a wrong ratio."""
+    plain = pipo.draw
+
+    def off_by_a_little(*arguments):
+        tokens, logprobs = plain(*arguments)
+        return tokens, logprobs + 0.02
+
+    monkeypatch.setattr(pipo, "draw", off_by_a_little)
+    refused(folder, tmp_path / "run", "sampler and trainer disagree by 0.02")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_dropout_is_off_in_nested_configs(tmp_path):
+    """Gemma 3 keeps its dropout in text_config: the gap was 0.21."""
+    text = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16, attention_dropout=0.5, max_position_embeddings=64)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    assert pipo.load_config(str(tmp_path)).get_text_config().attention_dropout == 0.0
+
+
+def test_missing_weights_are_named_not_drawn_at_random(folder, tmp_path):
+    """transformers draws what it does not find, and the run trained it: exit code 0."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights_ = load_file(file)
+    del weights_["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights_, file, metadata={"format": "pt"})
+    refused(folder, tmp_path / "run", "lacks 1 weights, such as model.layers.1.mlp.up_proj.weight",
+            model=str(tmp_path / "model"))
+
+
+def test_the_end_of_a_turn_ends_a_completion(model):
+    """A base model's EOS ends a document; without its template's end of turn it would ramble on to the limit."""
+    assert pipo.eos_ids(model, chat_tokenizer("<pad>")) == [0, 1, 5, 9]  # a special token behind each turn
+    assert pipo.eos_ids(model, chat_tokenizer("b")) == [1, 5, 9]  # a letter is part of the text
+
+
+def test_a_generation_config_that_transformers_refuses_to_save(folder, tmp_path, graded_by_coin):
+    """A temperature without do_sample, as in many published models: save_pretrained raised after the last step."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
+    pipo.train(settings(folder, tmp_path / "run", model=str(tmp_path / "model"), steps=1))
+    kept = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert kept["temperature"] == 0.6 and kept["do_sample"] and kept["eos_token_id"] == [1, 5, 9]
+
+
+def test_heads_whose_values_have_another_size(tokenizer, tmp_path):
+    """Multi-head latent attention (DeepSeek): the decoding attention reshaped with the query's size."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ours = pipo.load_model(str(tmp_path), torch.device("cpu"))
+    batch = sample(ours, tokenizer, PROMPTS, 2, 12, generator=pipo.rng("cpu", 0))
+    again = token_logprobs(ours, batch.prompts, batch.tokens, batch.mask)
+    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(folder, tmp_path):
+    """An index out of range in the middle of a run, or a CUDA assert that names nothing."""
+    larger = in_folder(tiny_model(), tmp_path / "model", letter_tokenizer(LETTERS + "ABCDE"))
+    refused(folder, tmp_path / "run", "has the token 32, for which the model has no embedding", model=str(larger))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.safetensors", b""), ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+    ("model.safetensors", None), ("tokenizer.json", b"{}"), ("config.json", b"{"), ("config.json", b"[1]")])
+def test_broken_model_folders_get_one_sentence(folder, tmp_path, name, content):
+    """Truncated, empty, or a pointer of git-lfs in place of the weights."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
+    refused(folder, tmp_path / "run", str(tmp_path / "model"), model=str(tmp_path / "model"))
+
+
+def test_code_of_a_repository_is_never_run(folder, tmp_path, monkeypatch):
+    """transformers asks on standard input whether to trust it, and a piped `y` executed it."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    file.write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    refused(folder, tmp_path / "run", "can be read neither", model=str(tmp_path / "model"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_reward_of_ones_own(folder, tmp_path):
+    """Any finite number, called with completion, answer and row; an exception in it is the user's to see."""
+    file = tmp_path / "rewards.py"
+    file.write_text("def length(completion, answer, row):\n    assert answer == row['answer'] == '1'\n"
+                    "    return len(completion) / 4\n\ndef broken(completion, answer, row):\n    return 1 / 0\n")
+    rows = pipo.train(settings(folder, tmp_path / "run", reward=f"{file}:length", steps=4))
+    given = pipo.train(settings(folder, tmp_path / "again", steps=4), reward=lambda text, *_: len(text) / 4)
+    assert [row["mu"] for row in rows] == [row["mu"] for row in given] and any(row["mu"] > 1 for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
+    with pytest.raises(ZeroDivisionError):
+        pipo.train(settings(folder, tmp_path / "broken", reward=f"{file}:broken"))
+    refused(folder, tmp_path / "none", "has no function 'missing'", reward=f"{file}:missing")
+    refused(folder, tmp_path / "none", "it must be file.py:function", reward="missing")
+
+
+def test_pass_at_k_is_unbiased(folder, tmp_path, monkeypatch):
+    """By hand: 2 of 4 right gives pass@2 = 1 - C(2,2)/C(4,2) = 5/6; the naive 1 - (1 - 1/2)^2 is 3/4.
+
+    The standard error is over problems: the samples of one problem are no independent problems.
+    """
+    problems = [pipo.Problem("a", [3], "1", ("1",), {}), pipo.Problem("b", [4], "1", ("1",), {})]
+    rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])
+    monkeypatch.setattr(pipo, "grade_all", lambda *_: (rewards, {}))
+    run = pipo.Run(tiny_model(), letter_tokenizer(), None, None)
+    scores = pipo.evaluate(run, {"set": problems}, Config(eval_samples=4, max_new_tokens=4), pipo.rng("cpu", 0))
+    assert scores["eval/set/pass@1"] == scores["eval_pass@1"] == 0.25
+    assert scores["eval/set/pass@2"] == pytest.approx(5 / 12) and scores["eval/set/pass@4"] == 0.5
+    assert scores["eval/set/stderr"] == pytest.approx(0.25 / math.sqrt(2))
+
+
+def test_several_held_out_sets_and_evaluation_alone(folder, tmp_path, graded_by_coin, capsys):
+    """--steps 0 evaluates a model, or what --lora saved, and stops; each set has its own line and metrics."""
+    sets = []
+    for name in ("one", "two"):
+        sets.append(str(tmp_path / f"{name}.jsonl"))
+        shutil.copy(folder / "train.jsonl", sets[-1])
+    changes = dict(eval_dataset=sets, eval_every=1, eval_samples=2, eval_temperature=0.5, eval_limit=5)
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=0, **changes))
+    assert len(rows) == 1 and not (tmp_path / "run" / "model").exists()
+    assert {"eval/one/pass@1", "eval/two/pass@2", "eval/two/stderr", "eval_pass@1"} <= set(rows[0])
+    said = capsys.readouterr().out
+    assert "step 0: one pass@1" in said and "step 0: two pass@1" in said
+    pytest.importorskip("peft")
+    pipo.train(settings(folder, tmp_path / "adapters", steps=2, lora=4))
+    adapters = pipo.train(settings(folder, tmp_path / "again", model=str(tmp_path / "adapters" / "model"), steps=0, **changes))
+    assert len(adapters) == 1
+    merged = pipo.load_model(str(tmp_path / "adapters" / "model"), torch.device("cpu"))
+    assert not torch.equal(weights(merged), weights(folder / "model"))
+
+
+def test_truncated_completions_can_be_left_out_of_updates(folder, tmp_path, graded_by_coin, monkeypatch):
+    """Their coefficient is 0, in both steps; mu and their group's mean and spread still count them."""
+    seen, plain = [], pipo.update
+    monkeypatch.setattr(pipo, "update", lambda model, optimizer, batch, coefficients, **options: (
+        seen.append((batch, coefficients)), plain(model, optimizer, batch, coefficients, **options))[1])
+    masked = pipo.train(settings(folder, tmp_path / "a", steps=3, mask_truncated=True))
+    plainly = pipo.train(settings(folder, tmp_path / "b", steps=3))
+    assert masked[0]["mu"] == plainly[0]["mu"]
+    for batch, coefficients in seen[:3]:
+        assert batch.truncated.any() and (coefficients.flatten()[batch.truncated] == 0).all()
+    batch, coefficients = seen[0]
+    rewards = torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)
+    expected = group_advantages(rewards).masked_fill(batch.truncated.view(4, 4), 0.0)
+    assert torch.equal(coefficients, expected)
+
+
+def test_metrics_go_to_a_tracker_only_when_asked(folder, tmp_path, graded_by_coin, monkeypatch):
+    """Fed with the rows of metrics.jsonl; its package is looked for before any work and imported only then."""
+    sent = []
+    fake = type("tracker", (), {"init": lambda **options: sent.append(options), "log": lambda row, step: sent.append(row)})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(pipo, "find_spec", lambda name: True)
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=2, tracker="wandb"))
+    assert sent[0]["config"]["steps"] == 2 and sent[1:] == rows
+    monkeypatch.setattr(pipo, "find_spec", lambda name: None)
+    refused(folder, tmp_path / "no", "--tracker is 'wandb': it needs the package of that name", tracker="wandb")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1516,7 +2107,7 @@ def test_the_demo_end_to_end(tmp_path, offline, monkeypatch, capsys):
     flags = [*sizes, "--show-every", "1", "--device", "cpu", "--out", str(tmp_path / "demo")]
     assert pipo.main([*flags, "--steps", "3"]) == 0
     said = capsys.readouterr()
-    assert "held-out pass@1" in said.out + said.err and "feedback" in said.out
+    assert "step 0: demo pass@1" in said.out + said.err and "feedback" in said.out
     assert "step 1, reward" in said.out + said.err
     monkeypatch.setattr(pipo, "build_demo", lambda *_: pytest.fail("a second warm start"))
     assert pipo.main([*flags, "--steps", "4", "--resume"]) == 0
@@ -1686,7 +2277,7 @@ def bad_inputs(where):
         ("--dataset /no/such/file.parquet", "/no/such/file.parquet does not exist"),
         ("--dataset nobody/nothing", "nobody/nothing can be read neither"),
         (f"--dataset {where}/columns.jsonl",
-         "has the columns text, label; understood are prompt + reward_model"),
+         "has the columns text, label; understood are prompt, problem"),
         (f"--dataset {where}/empty.jsonl", "empty.jsonl is empty or"),
         (f"--dataset {where}/emptyfolder", "emptyfolder"),
         (f"--dataset {where}/notes.txt", "notes.txt is empty or not a"),
@@ -1752,9 +2343,10 @@ def test_every_flag_is_explained_with_its_default_and_parsed(capsys, monkeypatch
             assert "(default: " in help  # what a blank comes to
         elif kind is not bool and f.default != "":
             assert behind.startswith(f" (default: {' '.join(str(f.default).split())})")
-        value = choices[-1] if choices else {int: 7, float: 0.25, str: "any", bool: True}[kind]
-        given = getattr(pipo.parse([pipo.flag(f.name)] + [str(value)] * (kind is not bool)), f.name)
-        assert given == value and type(given) is kind
+        value = choices[-1] if choices else {int: 7, float: 0.25, str: "any", bool: True, list[str]: ["any"]}[kind]
+        words = [] if kind is bool else value if kind == list[str] else [str(value)]
+        given = getattr(pipo.parse([pipo.flag(f.name), *words]), f.name)
+        assert given == value and isinstance(given, get_origin(kind) or kind)
 
 
 # ------------------------------------------------------------------------------------------------------------
