@@ -46,7 +46,6 @@ models, rate schedules, dropout.
 from __future__ import annotations
 
 import argparse
-import copy
 import glob
 import hashlib
 import importlib
@@ -66,6 +65,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, deque, namedtuple
 from contextlib import contextmanager, suppress
@@ -75,6 +75,14 @@ from functools import cmp_to_key, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load, for many seconds, is no reason for a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import datasets
 # mpmath alone, without sympy: to compare two of sympy's sets takes 1 to 4 ms (ours 0.1 ms), and it holds equal
@@ -185,7 +193,10 @@ class Config:
     eval_temperature: float = option(None, "temperature of evaluation (default: --temperature)", "above 0")
     eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
-    save_every: int = option(10, "steps between checkpoints, 0 for none at all", "0 or more", demo=20)
+    save_every: int = option(None, "steps between checkpoints, 0 for none at all (default: 10, above a billion "
+                             "parameters 50)", "0 or more", demo=20)
+    save_minutes: float = option(30.0, "minutes after which a checkpoint is saved in any case", "above 0")
+    keep_models: int = option(0, "so many of the last checkpoints' models are kept as model-<step>/", "0 or more")
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
     tracker: str = option("", "also send the metrics to this", choices=("", "wandb", "trackio", "tensorboard"))
 
@@ -210,6 +221,9 @@ def validate(cfg: Config) -> None:
         value, bound, choices = getattr(cfg, f.name), f.metadata["bound"], f.metadata["choices"]
         rules.append((not bound or value is None or BOUNDS[bound](value), f.name, f"it must be {bound}"))
         rules.append((not choices or value in choices, f.name, f"it must be one of {choices}"))
+        names_nothing = isinstance(value, str) and ("\0" in value or len(value) > 2000)
+        too_large = isinstance(value, int) and abs(value) >= 2**63
+        rules.append((not names_nothing and not too_large, f.name, "it is beyond all reason"))
     device = pick_device(cfg)
     rules += [
         (cfg.minibatches and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
@@ -218,6 +232,7 @@ def validate(cfg: Config) -> None:
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
         (not cfg.tracker or find_spec(cfg.tracker), "tracker", f"it needs the package of that name"),
+        (not cfg.model or cfg.dataset or not cfg.steps, "dataset", "name a data set to train on"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own"),
         (device.type in ("cpu", "cuda"), "device", "it must be cpu or a CUDA device"),
@@ -505,6 +520,7 @@ class Run:
     previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
     past_xi: list[float] = field(default_factory=list)
     step: int = 0  # iterations done
+    read: dict[str, str] = field(default_factory=dict)  # fingerprints of what it began with
 
 
 PHASES = ("sample", "grade", "verification", "exploration")
@@ -753,6 +769,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
     run = Run(model, tokenizer, make_optimizer(model, cfg), tracker, reference, reward)
+    run.read = fingerprints(run, problems, held_out)
     if state:
         load_checkpoint(run, state, out)
     else:
@@ -761,39 +778,24 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     return run, problems, held_out, cfg
 
 
-def train(cfg: Config, reward=None) -> list[dict]:
-    """Run PIPO as `cfg` says; returns the rows of metrics.jsonl.
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path) -> None:
+    """Iterations until cfg.steps or a signal to stop, with evaluations, a row of metrics each, and checkpoints."""
+    track, saved, save_seconds = open_tracker(cfg, out), time.perf_counter(), {}
 
-    `reward`: a function (completion, answer, row of the data set) -> number, in place of the verifier.
-
-    Raises UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
-    KeyboardInterrupt, its message saying how to go on, after a signal to stop.
-    """
-    validate(cfg)
-    settings = asdict(cfg)  # as they were given, blanks and all
-    reward = reward or (load_reward(cfg.reward) if cfg.reward else None)
-    out, state = open_run(cfg)
-    run, problems, held_out, cfg = set_up(cfg, out, state, reward)
-    track = open_tracker(cfg, out)
-    del state  # lets go of the mapped file
-    N, size = cfg.prompts_per_step * cfg.group_size, run.model.num_parameters()
-    tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on "
-               f"{run.model.device}; {len(problems):,} training and {sum(map(len, held_out.values())):,} held-out problems; steps "
-               f"{run.step + 1} to {cfg.steps}, each of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = "
-               f"{N:,} sequences, at most {N * cfg.max_new_tokens:,} new tokens; files in {out}")
-
-    def evaluation():
+    def scores():
         generator = rng(run.model.device, cfg.seed, "evaluation")  # each time the same
-        scores = evaluate(run, held_out, cfg, generator)
+        found = evaluate(run, held_out, cfg, generator)
         for name in held_out:
-            told = [f"{key.rpartition('/')[2]} {value:.1%}" for key, value in scores.items() if f"/{name}/" in key]
+            told = [f"{key.rpartition('/')[2]} {value:.1%}" for key, value in found.items() if f"/{name}/" in key]
             tqdm.write(f"step {run.step}: {name} {', '.join(told)}")
-        return scores
+        return found
 
-    if run.step == 0 and held_out:
-        row = {"step": 0, **evaluation()}
+    def log(row):
         append_jsonl(out / "metrics.jsonl", row)
         track(row)
+
+    if run.step == 0 and held_out:
+        log({"step": 0, **scores()})
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
         while run.step < cfg.steps:
             chosen = pick_problems(problems, run.step + 1, cfg)
@@ -801,26 +803,51 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 batch, row = iteration(run, chosen, cfg)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
-            if held_out and (run.step % cfg.eval_every == 0 or run.step == cfg.steps):
-                row |= evaluation()
-            row["memory_gb"] = peak_memory_gb(run.model.device)
-            append_jsonl(out / "metrics.jsonl", row)
-            track(row)
+            last = run.step == cfg.steps
+            if held_out and (last or run.step % cfg.eval_every == 0):
+                row |= scores()
+            log(row | save_seconds | {"memory_gb": peak_memory_gb(run.model.device)})
             show = cfg.show_every and run.step % cfg.show_every == 0
             append_jsonl(out / "samples.jsonl", *pick_samples(batch, chosen, run.step, show))
-            told = {name: f"{row[name]:.2f}" for name in ("mu", "xi", "phi") if row[name] is not None}
-            bar.set_postfix(told)
+            bar.set_postfix({name: f"{row[name]:.2f}" for name in ("mu", "xi", "phi") if row[name] is not None})
             bar.update()
-            stop = caught and run.step < cfg.steps  # read once: saving and stopping agree
-            if cfg.save_every and (run.step % cfg.save_every == 0 or run.step == cfg.steps or stop):
+            stop = caught and not last  # read once: saving and stopping agree
+            overdue, save_seconds = time.perf_counter() - saved > 60 * cfg.save_minutes, {}
+            if cfg.save_every and (last or stop or overdue or run.step % cfg.save_every == 0):
+                begun = time.perf_counter()
                 save_checkpoint(run, settings, cfg, out)
+                saved = time.perf_counter()
+                save_seconds = {"seconds_save": saved - begun}  # in the next row: the log is part of the checkpoint
             if stop:
                 how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
-                raise KeyboardInterrupt(f"stopped after step {run.step}; {how}")
-    if cfg.steps:
-        run.model.save_pretrained(out / "model")
-        run.tokenizer.save_pretrained(out / "model")
-    rows = read_jsonl(out / "metrics.jsonl")
+                raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
+
+
+def train(cfg: Config, reward=None) -> list[dict]:
+    """Run PIPO as `cfg` says; returns the rows of metrics.jsonl.
+
+    `reward`: a function (completion, answer, row of the data set) -> number, in place of the verifier. Raises
+    UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
+    KeyboardInterrupt, its message saying how to go on, after a signal to stop.
+    """
+    validate(cfg)
+    settings = asdict(cfg)  # as they were given, blanks and all
+    if cfg.reward and reward is None:
+        reward = load_reward(cfg.reward)
+    with locked(run_folder(cfg)) as out:
+        run, problems, held_out, cfg = set_up(cfg, out, open_run(cfg, out), reward)
+        N, size = cfg.prompts_per_step * cfg.group_size, run.model.num_parameters()
+        tested = sum(map(len, held_out.values()))
+        tqdm.write(
+            f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on {run.model.device}; "
+            f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to {cfg.steps}, "
+            f"each of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
+            f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
+        loop(run, problems, held_out, cfg, settings, out)
+        if cfg.steps:
+            run.model.save_pretrained(out / "model")
+            run.tokenizer.save_pretrained(out / "model")
+        rows = read_jsonl(out / "metrics.jsonl")
     verdicts = Counter(row["feedback"] for row in rows if "feedback" in row)
     print(f"feedback: {dict(verdicts)}; metrics, samples, the last checkpoint and the model are in {out}")
     return rows
@@ -2042,9 +2069,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        self.adam.load_state_dict(state["adam"])
+        load_adam(self.adam, state["adam"])
         for weight, master, saved in zip(self.weights, self.masters, state["masters"]):
             weight.copy_(master.copy_(saved))
+
+
+def load_adam(adam, state: dict) -> None:
+    """Load a state whose tensors lie in a mapped file: each is copied by itself, so that nothing is there twice."""
+    adam.load_state_dict(state)
+    for moments in adam.state.values():
+        moments.update({name: value.clone() for name, value in moments.items()})
 
 
 def make_optimizer(model, cfg: Config):
@@ -2105,19 +2139,22 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) * size
     # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
     layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
-    kept = layer + len(layers) * c.hidden_size * size if gpu else len(layers) * layer
-    microbatch = cfg.microbatch_tokens * kept + 256 * c.vocab_size * 16  # a chunk of logits: 4 fp32 copies
+    activations = layer + len(layers) * c.hidden_size * size if gpu else len(layers) * layer
+    microbatch = cfg.microbatch_tokens * activations + 256 * c.vocab_size * 16  # a chunk of logits: 4 fp32 copies
     N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
     drawing = N * c.vocab_size * 24  # the next token's probabilities: 4 fp32 copies and one fp64
     always = weights * (2 if cfg.kl_coef and not cfg.lora else 1) + (adam if there == here else 0)
     room = max(0, free[here] - always - drawing) / cached
     cache_tokens = cfg.cache_tokens or int(min(room, N * longest))
-    checkpoints = 2 * (trained * trained_size + adam) if cfg.save_every else 0  # the old one and the new
+    save_every = cfg.save_every if cfg.save_every is not None else 50 if parameters > 1e9 else 10
+    has_masters = adam == trained * 12
+    checkpoint = adam + (0 if has_masters else trained * trained_size)
+    kept = 2 * checkpoint * (save_every > 0) + weights * (1 + cfg.keep_models)  # the old one and the new
     rows = [(f"{parameters / 1e6:,.1f}M weights in {dtype}", here, weights),
             (f"AdamW, {trained / 1e6:,.1f}M trained", there, adam),
             (f"training, {cfg.microbatch_tokens:,} tokens a pass", here, always + trained * 4 + microbatch),
             (f"sampling, {cache_tokens:,} tokens cached", here, always + drawing + cache_tokens * cached),
-            ("checkpoints and the model", "disk", checkpoints + weights)]
+            ("checkpoints and models", "disk", kept)]
     for what, place, n in rows:
         if n > free[place]:
             raise UserError(
@@ -2128,7 +2165,8 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
         raise UserError(f"the cache has room for {cache_tokens:,} tokens, but a prompt and its completion "
                         f"can take {longest:,}: give a larger --cache-tokens or a smaller --max-new-tokens")
     table = [f"  {what:45} {n / 2**30:8.2f} GiB on {place}" for what, place, n in rows]
-    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens, optimizer_device=there), "\n".join(table)
+    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens, optimizer_device=there,
+                   save_every=save_every), "\n".join(table)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2208,82 +2246,155 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 # Files. A run is a folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, and at the end model/.
 # ------------------------------------------------------------------------------------------------------------
 
+# What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 LOGS = ("metrics.jsonl", "samples.jsonl")
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
 # What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
-MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "show_every", "cache_tokens",
-              "microbatch_tokens"}
+MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models", "show_every",
+              "cache_tokens", "microbatch_tokens", "tracker"}
 
 
-def open_run(cfg: Config) -> tuple[Path, dict | None]:
-    """The run's folder, made and writable, and the checkpoint to go on from; UserError for what is in the way."""
+def run_folder(cfg: Config) -> Path:
+    """The run's folder, made and writable; UserError where it cannot be."""
     name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
     out = Path(cfg.out or Path("runs") / name).expanduser()
-    saved = out / "checkpoint" / "state.pt"
-    if cfg.resume and not saved.exists():
-        raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; --overwrite starts anew")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        (out / ".lock").touch()
     except OSError as error:
         raise UserError(f"the output folder {out} cannot be written: {error.strerror}")
-    if cfg.resume:
-        state = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
-        check_same_run(cfg, state, out)
-        return out, state
-    if any((out / file).exists() for file in RUN_FILES) and not cfg.overwrite:
+    return out
+
+
+@contextmanager
+def locked(out: Path):
+    """Holds the run's folder for this process alone; the system lets go of it however the process ends."""
+    with open(out / ".lock", "r+") as file:
+        try:
+            if fcntl:  # not on Windows
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is in use by the process {file.read() or '(unknown)'}: give another --out")
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield out
+
+
+def open_run(cfg: Config, out: Path) -> dict | None:
+    """The checkpoint to go on from, if that is asked for; UserError for what is in the way."""
+    saved = out / "checkpoint" / "state.pt"
+    there = [out / name for name in RUN_FILES if (out / name).exists()]
+    if not cfg.resume:
         way = "--resume goes on with it, " if saved.exists() else ""
-        raise UserError(f"{out} already holds a run: {way}--overwrite deletes it")
-    return out, None
-
-
-def check_same_run(cfg: Config, state: dict, out: Path) -> None:
-    """UserError where a checkpoint was made with other settings, or is further than --steps."""
-    before, now = state["config"], asdict(cfg) | {"device": pick_device(cfg).type}
+        if there and not cfg.overwrite:
+            raise UserError(f"{out} already holds a run: {way}--overwrite deletes it")
+        for name in (cfg.model, cfg.dataset, *held_out_names(cfg)):
+            if any(path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents) for path in there):
+                raise UserError(f"--overwrite would delete {name}, which the run is to read: give another --out")
+        return None
+    if not saved.is_file():
+        raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; --overwrite starts anew")
+    with explained_as(f"the checkpoint {saved} is damaged; --overwrite starts anew"):
+        broken = zipfile.ZipFile(saved).testzip()  # torch.save writes checksums, but torch.load does not look
+        if broken:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        state = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
+        before = state["config"]
+    with explained_as(f"the logs in {out} are not those of its checkpoint"):
+        for name, size in state["log_sizes"].items():
+            log = (out / name).read_bytes()
+            steps = [json.loads(line)["step"] for line in log[:size].splitlines()]
+            if len(log) < size or not all(isinstance(step, int) for step in steps):
+                raise ValueError(f"{name} is too short, or has lines without a step")
+    now = asdict(cfg) | {"device": pick_device(cfg).type}
     changed = [f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in now
                if name not in MAY_DIFFER and before.get(name) != now[name]]
     if changed:
         raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
     if state["step"] > cfg.steps:
         raise UserError(f"{out} already stands at step {state['step']}, beyond --steps {cfg.steps}")
+    return state
+
+
+@contextmanager
+def explained_as(what: str):
+    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}")
 
 
 def clear_run(out: Path) -> None:
     """Delete the files of an earlier run, and only those."""
-    for path in (out / file for file in RUN_FILES):
-        if path.is_dir():
+    for path in (out / name for name in RUN_FILES):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
+def fingerprints(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict[str, str]:
+    """What a run reads, each in a short hash, so that a resumed run can tell whether it is still the same."""
+    def short(*things):
+        return hashlib.sha256(repr(things).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+    asked = {name: short([(p.prompt, p.golds) for p in some]) for name, some in held_out.items()}
+    weights = [p.flatten()[:4].tolist() for p in run.model.parameters()]
+    return {"training problems": short([(p.prompt, p.golds) for p in problems]), "start model": short(weights)} | asked
+
+
 def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     """All that a resumed run needs, written beside the old checkpoint and swapped in whole.
 
-    `settings` are those given, `cfg` has its blanks filled in.
+    `settings` are those given, `cfg` has its blanks filled in. Masters stand for the weights made from them.
     """
     path = out / "checkpoint" / "state.pt"
     path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save({"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
-                    "optimizer_device": cfg.optimizer_device, "step": run.step, "past_xi": run.past_xi,
-                    "model": trained_weights(run.model), "optimizer": run.optimizer.state_dict(),
-                    "window": list(run.tracker.history), "previous": vars(run.previous),
-                    "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    has_masters = isinstance(run.optimizer, MasterAdamW)
+    state = {"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
+             "optimizer_device": cfg.optimizer_device, "step": run.step, "past_xi": run.past_xi,
+             "model": {} if has_masters else trained_weights(run.model), "optimizer": run.optimizer.state_dict(),
+             "window": list(run.tracker.history), "previous": vars(run.previous), "read": run.read,
+             "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}
+    try:
+        with open(path.with_suffix(".partial"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
+        size = path.with_suffix(".partial").stat().st_size
+        path.with_suffix(".partial").unlink()
+        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB ({first_line(error)}); the "
+                        "checkpoint before it is as it was: make room, then --resume")
     os.replace(path.with_suffix(".partial"), path)
+    if cfg.keep_models:
+        run.model.save_pretrained(out / f"model-{run.step}")
+        run.tokenizer.save_pretrained(out / f"model-{run.step}")
+        kept = sorted(out.glob("model-*"), key=lambda folder: int(folder.name[6:]))
+        for folder in kept[:-cfg.keep_models]:
+            shutil.rmtree(folder)
 
 
 def load_checkpoint(run: Run, state: dict, out: Path) -> None:
     """Bring a fresh `run` to where it was saved, and cut its logs back to there."""
-    run.model.load_state_dict(state["model"], strict=False)  # it holds what is trained
-    run.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # from the mapped file into memory
-    run.tracker.history.extend(state["window"])
-    run.past_xi, run.step = state["past_xi"], state["step"]
-    run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
-                            for name, x in state["previous"].items()})
+    changed = [name for name in run.read if state["read"].get(name) != run.read[name]]
+    if changed:
+        raise UserError(f"--resume goes on with what the run began with, but changed are: {', '.join(changed)}")
+    with explained_as(f"the checkpoint in {out} does not fit; --overwrite starts anew"):
+        if isinstance(run.optimizer, MasterAdamW):
+            run.optimizer.load_state_dict(state["optimizer"])
+        else:
+            if state["model"].keys() != trained_weights(run.model).keys():
+                raise ValueError("it holds other weights")
+            run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
+            load_adam(run.optimizer, state["optimizer"])
+        run.tracker.history.extend(state["window"])
+        run.past_xi, run.step = state["past_xi"], state["step"]
+        run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
+                                for name, x in state["previous"].items()})
     for name, size in state["log_sizes"].items():
         os.truncate(out / name, size)
 
@@ -2301,7 +2412,7 @@ def append_jsonl(path: Path, *rows: dict) -> None:
 
 @contextmanager
 def signals_caught():
-    """Yields a list that Ctrl-C is put into, so that a step can end and be saved; a second one stops at once."""
+    """Yields a list that a signal to stop is put into, so that a step can end and be saved; a second stops at once."""
     caught, before = [], {}
 
     def restore():
@@ -2314,7 +2425,7 @@ def signals_caught():
         tqdm.write("finishing this step, then saving; a second signal stops at once, unsaved")
 
     if threading.current_thread() is threading.main_thread():  # only there can signals be caught
-        before = {sign: signal.signal(sign, catch) for sign in (signal.SIGINT,)}
+        before = {sign: signal.signal(sign, catch) for sign in STOP_SIGNALS}
     try:
         yield caught
     finally:
@@ -2345,6 +2456,8 @@ def parse(arguments: list[str] | None = None) -> Config:
             group = parser.add_argument_group(HEADINGS[f.name])
         group.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
     given = vars(parser.parse_args(arguments))
+    if given.get("model") == "":
+        raise UserError("--model is empty: name a model, or leave the flag away for the demo")
     return Config(**({} if given.get("model") else DEMO) | given)
 
 
@@ -2362,10 +2475,38 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         code, said = 1, f"{first_line(error)} Halve --microbatch-tokens; the last checkpoint is as it was"
     except KeyboardInterrupt as error:
-        code, said = 130, str(error) or "stopped; the last checkpoint, if there is one, is as it was"
+        said, sign = error.args or ("stopped; the last checkpoint, if there is one, is as it was", signal.SIGINT)
+        code = 128 + sign
+    except OSError as error:  # a full disk, say
+        code, said = 1, f"{error}; the last checkpoint is as it was"
     print(f"pipo: {said}", file=sys.stderr)
     return code
 
 
+class Sturdy:
+    """A stream that neither a closed pipe (`| head -1`) nor an ASCII terminal can turn into an error."""
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        self.guarded(self.stream.write, text)
+
+    def flush(self):
+        self.guarded(self.stream.flush)
+
+    def guarded(self, function, *args):
+        try:
+            function(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = Sturdy(sys.stdout), Sturdy(sys.stderr)
     sys.exit(main())

@@ -29,11 +29,13 @@ Tests with `gpu` in their names run where there is one.
 import ast
 import copy
 import inspect
+import io
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -2166,8 +2168,8 @@ def command(cfg, patch=""):
     """Arguments of subprocess: a run in its own process, graded by coin, after the lines of `patch`."""
     script = ["import os, sys, signal, zlib, torch, pipo", inspect.getsource(coin), "pipo.grade = coin",
               patch, "sys.exit(pipo.main(sys.argv[1:]))"]
-    flags = [x for f in fields(cfg) if getattr(cfg, f.name) != f.default
-             for x in (pipo.flag(f.name), getattr(cfg, f.name))]
+    given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+    flags = [x for name, value in given.items() for x in ([pipo.flag(name), value], [pipo.flag(name)])[value is True]]
     return own_process("-c", "\n".join(script), *flags)
 
 
@@ -2189,18 +2191,28 @@ torch.save = save
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin):
-    """Guards against a step cut in half, and against a run that says --resume and cannot."""
-    out = tmp_path / "run"
-    cfg, log = settings(folder, out, steps=100_000, save_every=100_000), out / "metrics.jsonl"
-    run, deadline = subprocess.Popen(**command(cfg)), time.time() + 60
-    while not (log.exists() and log.read_text().count("\n") >= 3) and time.time() < deadline:
+def wait_for_rows(out, n):
+    """Until a running process has logged n steps."""
+    deadline, log = time.time() + 60, out / "metrics.jsonl"
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= n):
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_to_stop_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin, name):
+    """Guards against a step cut in half, and against a run that says --resume and cannot. Exit code 128 + n.
+
+    What a scheduler sends before it kills ended the run at once, with nothing saved.
+    """
+    out, number = tmp_path / "run", getattr(signal, name)
+    cfg = settings(folder, out, steps=100_000, save_every=100_000)
+    run = subprocess.Popen(**command(cfg))
+    wait_for_rows(out, 3)
+    run.send_signal(number)
     _, said = run.communicate(timeout=60)
-    assert run.returncode == 130 and "--resume" in said and "Traceback" not in said
+    assert run.returncode == 128 + number and "--resume" in said and "Traceback" not in said
     step = saved(out)["step"]
-    assert step >= 3 and pipo.read_jsonl(log)[-1]["step"] == step
+    assert step >= 3 and pipo.read_jsonl(out / "metrics.jsonl")[-1]["step"] == step
     rows = pipo.train(replace(cfg, steps=step + 1, resume=True))
     assert [row["step"] for row in rows] == list(range(1, step + 2))
 
@@ -2253,6 +2265,195 @@ def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path
         pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
     assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
     assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
+
+
+def flipped(data):
+    """One bit in the middle turned round."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+
+
+def changed(change):
+    """Bytes of a checkpoint with its dictionary changed."""
+    def edit(data):
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        file = io.BytesIO()
+        torch.save(change(state), file)
+        return file.getvalue()
+    return edit
+
+
+def without_a_weight(state):
+    state["model"].pop("model.norm.weight")
+    return state
+
+
+def of_another_shape(state):
+    state["model"]["model.norm.weight"] = torch.ones(7)
+    return state
+
+
+BROKEN = {
+    "empty": lambda data: b"", "truncated": lambda data: data[:len(data) // 2], "zeros": lambda data: bytes(1000),
+    "random": lambda data: random.Random(0).randbytes(5000), "text": lambda data: b"hello", "a flipped bit": flipped,
+    "a list": changed(lambda state: [1]), "no optimizer": changed(lambda state: {**state, "optimizer": {}}),
+    "a key missing": changed(lambda state: {k: v for k, v in state.items() if k != "window"}),
+    "a weight missing": changed(without_a_weight), "another shape": changed(of_another_shape),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A run of two steps with its checkpoint, to be copied and broken."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipo, "grade", coin)
+        pipo.train(settings(folder, out, steps=2))
+    return out
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_checkpoint_is_refused_and_left_as_it_is(folder, tmp_path, finished, how):
+    """A weight missing from it kept its start value, flipped bits were loaded, the rest were tracebacks."""
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint" / "state.pt"
+    file.write_bytes(BROKEN[how](file.read_bytes()))
+    before = file.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    refused(folder, tmp_path / "run", "checkpoint", resume=True)
+    assert before == (file.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]\n" * 400, b"null\n" * 400, b'{"mu": 1}\n' * 400])
+def test_broken_logs_are_refused(folder, tmp_path, finished, content):
+    """What stands before the checkpoint's place in a log is part of the run: no row of it may be lost or made up."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
+    refused(folder, tmp_path / "run", "the logs in", resume=True)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path, finished):
+    """A pickle can call anything: only tensors and plain values are read."""
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({"step": Evil()}, tmp_path / "run" / "checkpoint" / "state.pt")
+    refused(folder, tmp_path / "run", "damaged", resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_resumed_run_must_read_what_it_began_with(folder, tmp_path, finished):
+    """Other problems or another start model under the same name: it went on without a word."""
+    shutil.copytree(finished, tmp_path / "run")
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[::-1]))
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tiny_model(seed=1, spread=0.05).save_pretrained(tmp_path / "model")
+    state = saved(tmp_path / "run")
+    for setting, value, name in [("dataset", tmp_path / "train.jsonl", "training problems"),
+                                 ("model", tmp_path / "model", "start model")]:
+        state["config"] |= {"dataset": str(folder / "train.jsonl"), "model": str(folder / "model")}
+        state["config"][setting] = str(value)  # the same name as before, with another content
+        torch.save(state, tmp_path / "run" / "checkpoint" / "state.pt")
+        refused(folder, tmp_path / "run", f"changed are: {name}", resume=True, **{setting: str(value)})
+
+
+def test_overwrite_does_not_delete_what_it_is_to_read(folder, tmp_path, finished):
+    """--overwrite --dataset OUT/samples.jsonl deleted the data set it was about to read; a linked folder stays."""
+    shutil.copytree(finished, tmp_path / "run")
+    data = str(tmp_path / "run" / "samples.jsonl")
+    refused(folder, tmp_path / "run", f"--overwrite would delete {data}", overwrite=True, dataset=data)
+    inside = str(tmp_path / "run" / "model")
+    refused(folder, tmp_path / "run", f"--overwrite would delete {inside}", overwrite=True, model=inside)
+    shutil.move(tmp_path / "run" / "model", tmp_path / "elsewhere")
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
+    pipo.train(settings(folder, tmp_path / "run", steps=1, overwrite=True))
+    assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def test_two_processes_cannot_share_a_folder(folder, tmp_path, graded_by_coin):
+    """Both returned 0, their metrics interleaved. The lock dies with its process, also by SIGKILL."""
+    cfg = settings(folder, tmp_path / "run", steps=100_000)
+    run = subprocess.Popen(**command(cfg))
+    wait_for_rows(tmp_path / "run", 1)
+    for changes in (dict(resume=True), dict(overwrite=True), {}):
+        with pytest.raises(UserError, match=f"is in use by the process {run.pid}: give another --out"):
+            pipo.train(replace(cfg, **changes))
+    run.kill()
+    run.communicate()
+    assert len(pipo.train(replace(cfg, steps=1, overwrite=True))) == 1
+
+
+def test_optimized_python_resumes_to_the_same_weights(folder, tmp_path, graded_by_coin):
+    """python -O strips asserts: one with a side effect left --resume on the start weights, exit code 0."""
+    pipo.train(settings(folder, tmp_path / "whole", steps=4))
+    pipo.train(settings(folder, tmp_path / "broken", steps=2))
+    optimized = command(settings(folder, tmp_path / "broken", steps=4, resume=True))
+    optimized["args"].insert(1, "-O")
+    assert subprocess.run(**optimized).returncode == 0
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
+
+
+def test_a_closed_pipe_and_an_ascii_terminal_do_not_end_a_run(folder, tmp_path):
+    """`| head -1` raised BrokenPipeError, a non-ASCII problem UnicodeEncodeError, both before the checkpoint."""
+    rows = [{"problem": "é" + letters, "answer": "1"} for letters in ("ab", "cd", "ef", "gh")]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    cfg = settings(folder, tmp_path / "run", dataset=str(tmp_path / "train.jsonl"), steps=3, show_every=1)
+    run = command(cfg)
+    run["args"][1:3] = ["pipo.py"]
+    line = f"set -o pipefail; {shlex.join(run['args'])} 2>&1 | head -1"
+    run |= dict(args=["bash", "-c", line], env={**os.environ, "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(**run)
+    assert done.returncode == 0, done.stderr
+    assert len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3 and (tmp_path / "run" / "model").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(folder, tmp_path, graded_by_coin, monkeypatch):
+    """The half-written file stayed and filled the disk for good."""
+    plain = torch.save
+
+    def full(state, file):
+        if state["step"] == 3:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        plain(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    refused(folder, tmp_path / "run", "step 3 could not be saved after 0.00 GiB")
+    assert os.listdir(tmp_path / "run" / "checkpoint") == ["state.pt"]
+    assert saved(tmp_path / "run")["step"] == 2
+
+
+def test_masters_stand_for_the_weights_in_a_checkpoint(folder, tmp_path, graded_by_coin):
+    """bf16 weights stood in it twice: 8 of 56 GB for 4B. The time of a save is in the next row."""
+    rows = pipo.train(settings(folder, tmp_path / "run", dtype="bfloat16", steps=3, keep_models=2))
+    state = saved(tmp_path / "run")
+    assert state["model"] == {} and len(state["optimizer"]["masters"]) > 0
+    assert "seconds_save" not in rows[0] and rows[1]["seconds_save"] > 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("model-*")) == ["model-2", "model-3"]
+    assert torch.equal(weights(tmp_path / "run" / "model-3"), weights(tmp_path / "run" / "model"))
+
+
+def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path, graded_by_coin):
+    """A step of a 4B model takes minutes and a scheduler waits for seconds: the last checkpoint must be recent."""
+    cfg = settings(folder, tmp_path / "run", steps=2, save_every=100, save_minutes=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        saved, plain = [], pipo.save_checkpoint
+        patch.setattr(pipo, "save_checkpoint", lambda *a: (saved.append(a[0].step), plain(*a)))
+        pipo.train(cfg)
+    assert saved == [1, 2]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--seed", str(2**63)], "--seed is"), (["--window", str(2**63)], "--window is"), (["--out", "a\0b"], "--out is"),
+    (["--model", "m" * 5000], "--model is"), (["--dataset", "d" * 5000], "--dataset is"),
+    (["--model", ""], "--model is empty"), (["--dataset", ""], "--dataset is '': name a data set")])
+def test_values_beyond_reason_get_one_sentence(folder, tmp_path, capsys, flags, sentence):
+    """Each of these was a traceback."""
+    good = ["--model", str(folder / "model"), "--dataset", str(folder / "train.jsonl"), "--out", str(tmp_path / "run")]
+    code, said = pipo.main([*good, *flags]), capsys.readouterr().err.strip()
+    assert code == 2 and sentence in said and said.count("\n") == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
