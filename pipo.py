@@ -81,12 +81,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# Or the GPU's memory breaks into pieces.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 if __name__ == "__main__":  # Ctrl-C while the libraries load, for many seconds, is no reason for a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import datasets
 # mpmath alone, without sympy: to compare two of sympy's sets takes 1 to 4 ms (ours 0.1 ms), and it holds equal
 # endpoints that are written differently, sqrt(6 + 2 sqrt(5)) and 1 + sqrt(5), for different ones.
+# mpmath alone, without sympy: to build and compare two of sympy's sets takes 1 to 4 ms (ours 0.3 ms),
+# and to it endpoints are only equal if written alike: sqrt(6 + 2 sqrt(5)) and 1 + sqrt(5) are not.
 import mpmath
 import torch
 import torch.nn.functional as F
@@ -134,11 +138,9 @@ class Config:
     model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
     dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: a hub name (org/name or "
                           "org/name:config), a .parquet, .jsonl, .json, .csv, .tsv file or folder", demo="")
-    eval_dataset: list[str] = option("HuggingFaceH4/MATH-500", "held-out problems, in the same forms: one or several",
-                                     demo="")
-    reward: str = option("", "file.py:function to grade with instead of the verifier; called with (completion, "
-                         "answer, row), returns a number")
-    columns: str = option("", "which column asks and which answers, as in question,answer (default: known names)")
+    eval_dataset: list[str] = option("HuggingFaceH4/MATH-500", "held-out problems, one set or more", demo="")
+    reward: str = option("", "file.py:function in place of the verifier: (completion, answer, row) -> number")
+    columns: str = option("", "the columns that ask and answer, as in question,answer (default: known names)")
     system: str = option("", "system message, put in front of prompts that have none")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "put behind a problem that has no \\boxed in it, not behind messages", demo="")
@@ -159,14 +161,17 @@ class Config:
     clip_high: float = option(None, "upper clip of the ratio (default: the base's own)", "0 or more")
     kl_coef: float = option(0.0, "weight of the KL to the starting model in the exploration step (above 0, "
                             "without --lora, that model is kept in memory too)", "0 or more")
+    behavior: str = option("auto", "whose log-probabilities the ratio is against (auto: the sampler's; for "
+                           "gspo in bfloat16 the trainer's)", choices=("auto", "sampler", "trainer"))
+    dynamic_sampling: int = option(0, "DAPO's: rounds of prompts until all groups are mixed", "0 or more")
     # the feedback (verification step)
-    feedback: str = option("pipo", "what scales the verification step: phi(xi); none: no such step; "
-                           "--constant; the phi of an earlier xi", choices=("pipo", "none", "constant", "shuffled"))
+    feedback: str = option("pipo", "what scales the verification step: phi(xi); none: no such "
+                           "step; --constant; an earlier xi's", choices=("pipo", "none", "constant", "shuffled"))
     window: int = option(8, "K, past mean rewards that the present one is held against", "at least 2")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", "in [0, 1]")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
     constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", "finite")
-    reward_noise: float = option(0.0, "share of training rewards flipped, to study noisy feedback", "in [0, 1)")
+    reward_noise: float = option(0.0, "share of training rewards to flip, to study noise", "in [0, 1)")
     mask_truncated: bool = option(False, "completions cut off by the limit take no part in updates")
     # the optimizer
     lr: float = option(1e-6, "learning rate", "above 0", demo=1e-4)
@@ -193,12 +198,12 @@ class Config:
     eval_temperature: float = option(None, "temperature of evaluation (default: --temperature)", "above 0")
     eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
-    save_every: int = option(None, "steps between checkpoints, 0 for none at all (default: 10, above a billion "
-                             "parameters 50)", "0 or more", demo=20)
+    save_every: int = option(None, "steps between checkpoints, 0 for none at all (default: 10, above a "
+                             "billion parameters 50)", "0 or more", demo=20)
     save_minutes: float = option(30.0, "minutes after which a checkpoint is saved in any case", "above 0")
-    keep_models: int = option(0, "so many of the last checkpoints' models are kept as model-<step>/", "0 or more")
+    keep_models: int = option(0, "keep the last so many checkpoints' models as model-<step>/", "0 or more")
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
-    tracker: str = option("", "also send the metrics to this", choices=("", "wandb", "trackio", "tensorboard"))
+    tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio", "tensorboard"))
 
 
 # The headings of --help, by the first setting below each.
@@ -243,13 +248,21 @@ def validate(cfg: Config) -> None:
             raise UserError(f"{flag(name)} is {getattr(cfg, name)!r}: {reason}")
 
 
+MEMORY_SHARE = 15 / 16  # of what is free: the rest is left alone
+
+
 def pick_device(cfg: Config) -> torch.device:
     """The device that samples and trains; a UserError if there is no such device here."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch without CUDA
         raise UserError(f"--device is {device!r}: {first_line(error)}")
+    if device.type == "cuda":
+        # cuDNN plans attention anew for every length, and in decoding each token has another
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
+    return device
 
 
 def first_line(error: Exception) -> str:
@@ -404,19 +417,24 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, objective=BASES["
 # ------------------------------------------------------------------------------------------------------------
 
 
+# Rows of logits at a time. Each chunk adds to the head's whole gradient, which on a GPU costs more than its memory.
+LOGITS_CHUNK = {"cpu": 256, "cuda": 1024}
+
+
 def padded(rows, device, side="right") -> Tensor:
     """Lists of numbers as one tensor (n, longest), with zeros behind, or in front if `side` is "left"."""
     rows = [torch.tensor(row) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_side=side).to(device)
 
 
-def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=256) -> Tensor:
+def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=None) -> Tensor:
     """log-probability of each completion token: (n, T), 0 where `mask` is 0, at the temperature of sampling.
 
     prompts: n lists of token ids; tokens and mask: (n, T), each row of the mask ones and then zeros. The logits
     are the largest tensor of RL on language models (151,936 columns for Qwen3): they are made `chunk` tokens at
     a time, and again in the backward pass instead of being kept.
     """
+    chunk = chunk or LOGITS_CHUNK[model.device.type]
     lengths = mask.sum(-1).long().tolist()
     ids = padded([p + c[:n] for p, c, n in zip(prompts, tokens.tolist(), lengths)], model.device)  # (n, S)
     predicts = [[False] * (len(p) - 1) + [True] * n + [False] for p, n in zip(prompts, lengths)]
@@ -467,7 +485,7 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
     for group in optimizer.param_groups:
         group["lr"] = lr
     coefficients = coefficients.flatten().cpu()  # (N,)
-    lengths = torch.tensor(list(map(len, batch.prompts))) + batch.mask.sum(1).long().cpu()  # (N,)
+    lengths = batch.lengths()  # (N,)
     loss_sum, trained, norms = 0.0, 0, []
     sums = dict.fromkeys(("clip_fraction", "ratio", "logprob_gap", *["kl"] * (reference is not None)), 0.0)
     for rows in torch.arange(len(coefficients)).chunk(minibatches):  # groups stay whole
@@ -561,7 +579,8 @@ def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tenso
     def judged(text, problem):
         if reward is not None:
             return float(reward(text, problem.answer, problem.row)), None
-        return max((grade(text, gold) for gold in problem.golds), key=lambda graded: graded[0])
+        grades = [grade(text, gold, problem.thinking) for gold in problem.golds]
+        return max(grades, key=lambda graded: graded[0])
 
     G = len(batch.texts) // len(problems)
     grades = [judged(text, problems[i // G]) for i, text in enumerate(batch.texts)]
@@ -575,37 +594,78 @@ def flip(rewards: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(flipped.to(rewards.device), 1 - rewards, rewards)
 
 
-def check_sampler(model, batch: Batch, temperature: float) -> None:
-    """Before any update sampler and trainer must agree on the longest rows; UserError where they do not."""
+@torch.no_grad()
+def trainer_logprobs(model, batch: Batch, rows: Tensor, cfg: Config) -> Tensor:
+    """The log-probabilities (N, T) of some `rows` of a batch as the trainer computes them; 0 elsewhere."""
     model.train()
-    rows = batch.mask.sum(1).argsort(descending=True)[:8].cpu()  # (n,)
-    mask, prompts = batch.mask[rows], [batch.prompts[i] for i in rows.tolist()]  # (n, T)
-    with torch.no_grad():
-        again = token_logprobs(model, prompts, batch.tokens[rows], mask, temperature)  # (n, T)
-    gap = ((again - batch.behavior_logprobs[rows]).abs() * mask).sum().item() / mask.sum().item()
-    if gap > (1e-2 if model.dtype == torch.float32 else 0.1):
-        raise UserError(f"sampler and trainer disagree by {gap:.2g} in the log-probability of a token before any "
-                        "update: this model's cache, positions or dropout are not supported, and it would be "
-                        "trained on a wrong ratio")
+    again = torch.zeros_like(batch.mask)  # (N, T)
+    for part in microbatches(rows, batch.lengths(), cfg.microbatch_tokens):
+        prompts = [batch.prompts[i] for i in part.tolist()]
+        again[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
+    return again
+
+
+def settle_behavior(run: Run, batch: Batch, cfg: Config) -> None:
+    """Whose log-probabilities the ratio is against; before the first update sampler and trainer must agree."""
+    if run.step == 1:
+        rows = batch.lengths().argsort(descending=True)[:8]  # (n,) the longest
+        again = trainer_logprobs(run.model, batch, rows, cfg)  # (N, T)
+        gap = (again - batch.behavior_logprobs)[rows].abs().sum().item() / batch.mask[rows].sum().item()
+        if gap > (1e-2 if run.model.dtype == torch.float32 else 0.1):
+            raise UserError(f"sampler and trainer disagree by {gap:.2g} in the log-probability of a token "
+                            "before any update: this model's cache, positions or dropout are not supported")
+    narrow = cfg.base == "gspo" and run.model.dtype == torch.bfloat16  # a clip within the sampler's rounding
+    if cfg.behavior == "trainer" or cfg.behavior == "auto" and narrow:
+        batch.behavior_logprobs = trainer_logprobs(run.model, batch, torch.arange(len(batch.texts)), cfg)
+
+
+def ask(run: Run, problems: list[Problem], cfg: Config, *round_) -> Batch:
+    """Sample the groups of these problems, with the log-probabilities that the ratio is against."""
+    generator = rng(run.model.device, cfg.seed, "sample", run.step, *round_)
+    batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], cfg.group_size, cfg.max_new_tokens,
+                   cfg.temperature, cfg.top_p, generator, cfg.cache_tokens)
+    batch.problems = problems
+    settle_behavior(run, batch, cfg)
+    return batch
+
+
+def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config) -> tuple[Batch, float]:
+    """More rounds of prompts until Q groups are mixed: the Q groups to train on, mixed ones first, and mu.
+
+    mu is over every sample drawn: over the kept groups alone it would be pulled towards 1/2. Source: DAPO.
+    """
+    Q, batches, rewards = cfg.prompts_per_step, [batch], batch.rewards  # (q, G)
+    for round_ in range(1, cfg.dynamic_sampling + 1):
+        mixed = rewards.amax(1) > rewards.amin(1)  # (q,)
+        if mixed.sum() >= Q:
+            break
+        more = ask(run, problems[round_ * Q:(round_ + 1) * Q], cfg, round_)
+        more.rewards, _ = grade_all(more, more.problems, run.reward)
+        batches.append(more)
+        rewards = torch.cat([rewards, more.rewards])
+    mixed = rewards.amax(1) > rewards.amin(1)
+    groups = mixed.long().argsort(descending=True, stable=True)[:Q].tolist()
+    return joined(batches, groups), rewards.mean(dtype=torch.float64).item()
 
 
 def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, dict]:
-    """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics."""
+    """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics.
+
+    Any problems behind the first Q are for --dynamic-sampling.
+    """
     run.step, clock = run.step + 1, [time.perf_counter()]
     step_on = step_with(run, cfg)
 
     # 1. sample B_t ~ pi_theta_t
-    generator = rng(run.model.device, cfg.seed, "sample", run.step)
-    batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], cfg.group_size, cfg.max_new_tokens,
-                   cfg.temperature, cfg.top_p, generator, cfg.cache_tokens)
-    if run.step == 1:
-        check_sampler(run.model, batch, cfg.temperature)
+    batch = ask(run, problems[:cfg.prompts_per_step], cfg)
     clock.append(time.perf_counter())
 
     # 2. grade it; mu_t is the mean over every sample, before any is left out
-    rewards, failures = grade_all(batch, problems, run.reward)  # (Q, G)
+    rewards, failures = grade_all(batch, batch.problems, run.reward)  # (Q, G)
     batch.rewards = flip(rewards, cfg.reward_noise, rng("cpu", cfg.seed, "noise", run.step))
     mu = batch.rewards.mean(dtype=torch.float64).item()
+    if cfg.dynamic_sampling:
+        batch, mu = fill_up(run, batch, problems, cfg)
     # 3. how much better each sample did than its group
     batch.advantages = group_advantages(batch.rewards, BASES[cfg.base].normalize_std)  # (Q, G)
     if cfg.mask_truncated:  # their group's mean and spread, and mu, keep them
@@ -651,7 +711,8 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
 def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
     """The prompts of a step: consecutive pieces of one fresh shuffle an epoch, found from the step alone."""
     chosen, n = [], len(problems)
-    first, end = (step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step
+    per_step = cfg.prompts_per_step * (1 + cfg.dynamic_sampling)  # those of later rounds may not be needed
+    first, end = (step - 1) * per_step, step * per_step
     for epoch in range(first // n, (end - 1) // n + 1):
         order = torch.randperm(n, generator=rng("cpu", cfg.seed, "order", epoch)).tolist()
         chosen += [problems[i] for i in order[max(0, first - epoch * n):end - epoch * n]]
@@ -682,11 +743,11 @@ def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generato
     return scores | {"seconds_evaluation": time.perf_counter() - start}
 
 
-def pick_samples(batch: Batch, problems: list[Problem], step: int, show: bool) -> list[dict]:
+def pick_samples(batch: Batch, step: int, show: bool) -> list[dict]:
     """A right and a wrong completion of the batch, where it has both; `show` puts them on the screen too."""
     flat, G, picks = batch.rewards.flatten(), batch.rewards.shape[1], []  # (N,)
     for i in sorted({int(flat.argmax()), int(flat.argmin())}):
-        problem, text, cut = problems[i // G], batch.texts[i], batch.truncated[i].item()
+        problem, text, cut = batch.problems[i // G], batch.texts[i], batch.truncated[i].item()
         picks.append({"step": step, "problem": problem.text, "answer": problem.answer, "completion": text,
                       "reward": flat[i].item(), "truncated": cut})
         if show:
@@ -738,8 +799,8 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     if cfg.model:
         path = cfg.model
         with torch.device("meta"):  # shapes only
-            shapes = load_or_explain(
-                path, "model", lambda: AutoModelForCausalLM.from_config(load_config(path), dtype=torch.bfloat16))
+            shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(
+                load_config(path), dtype=torch.bfloat16))
         cfg, table = plan_memory(shapes, cfg, device, out)
         tqdm.write(f"memory, as far as it can be told beforehand:\n{table}")
         rows = load_rows(cfg.dataset, "train") if cfg.steps else None
@@ -764,7 +825,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
     highest = max(tokenizer.get_vocab().values())
     if highest >= model.get_input_embeddings().num_embeddings:
-        raise UserError(f"the tokenizer of {path} has the token {highest}, for which the model has no embedding")
+        raise UserError(f"the tokenizer of {path} has a token {highest}, but the model no embedding for it")
     if cfg.kl_coef:
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
@@ -782,12 +843,13 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, setting
     """Iterations until cfg.steps or a signal to stop, with evaluations, a row of metrics each, and checkpoints."""
     track, saved, save_seconds = open_tracker(cfg, out), time.perf_counter(), {}
 
-    def scores():
+    def evaluated():
         generator = rng(run.model.device, cfg.seed, "evaluation")  # each time the same
         found = evaluate(run, held_out, cfg, generator)
         for name in held_out:
-            told = [f"{key.rpartition('/')[2]} {value:.1%}" for key, value in found.items() if f"/{name}/" in key]
-            tqdm.write(f"step {run.step}: {name} {', '.join(told)}")
+            told = {key.rpartition("/")[2]: value for key, value in found.items() if f"/{name}/" in key}
+            scores = ", ".join(f"{key} {value:.1%}" for key, value in told.items())
+            tqdm.write(f"step {run.step}: {name} {scores}")
         return found
 
     def log(row):
@@ -795,21 +857,21 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, setting
         track(row)
 
     if run.step == 0 and held_out:
-        log({"step": 0, **scores()})
+        log({"step": 0, **evaluated()})
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
         while run.step < cfg.steps:
-            chosen = pick_problems(problems, run.step + 1, cfg)
             try:
-                batch, row = iteration(run, chosen, cfg)
+                batch, row = iteration(run, pick_problems(problems, run.step + 1, cfg), cfg)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
             last = run.step == cfg.steps
             if held_out and (last or run.step % cfg.eval_every == 0):
-                row |= scores()
+                row |= evaluated()
             log(row | save_seconds | {"memory_gb": peak_memory_gb(run.model.device)})
             show = cfg.show_every and run.step % cfg.show_every == 0
-            append_jsonl(out / "samples.jsonl", *pick_samples(batch, chosen, run.step, show))
-            bar.set_postfix({name: f"{row[name]:.2f}" for name in ("mu", "xi", "phi") if row[name] is not None})
+            append_jsonl(out / "samples.jsonl", *pick_samples(batch, run.step, show))
+            shown = {name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None}
+            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
             bar.update()
             stop = caught and not last  # read once: saving and stopping agree
             overdue, save_seconds = time.perf_counter() - saved > 60 * cfg.save_minutes, {}
@@ -817,7 +879,7 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, setting
                 begun = time.perf_counter()
                 save_checkpoint(run, settings, cfg, out)
                 saved = time.perf_counter()
-                save_seconds = {"seconds_save": saved - begun}  # in the next row: the log is part of the checkpoint
+                save_seconds = {"seconds_save": saved - begun}  # in the next row: this is saved
             if stop:
                 how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
                 raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
@@ -840,8 +902,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
         tested = sum(map(len, held_out.values()))
         tqdm.write(
             f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on {run.model.device}; "
-            f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to {cfg.steps}, "
-            f"each of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
+            f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to "
+            f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
             f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
         loop(run, problems, held_out, cfg, settings, out)
         if cfg.steps:
@@ -870,16 +932,40 @@ class Batch:
     truncated: Tensor  # (N,) True where the length limit cut it off
     texts: list[str]  # N decoded completions
     cache_tokens: int | None = None  # the room that was left for the cache: less if memory ran out
+    out_of_memory: int = 0  # how often it did
     rewards: Tensor | None = None  # (Q, G) filled in once the completions are graded
     advantages: Tensor | None = None  # (Q, G)
+    problems: list[Problem] | None = None  # Q, what was asked
+
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt and its completion (N,), on the CPU."""
+        return torch.tensor(list(map(len, self.prompts))) + self.mask.sum(1).long().cpu()
 
     def metrics(self) -> dict:
         """What a graded batch says of the policy's health."""
         n_tokens = self.mask.sum().item()
         return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens,
                 "truncated": self.truncated.float().mean().item(), "cache_tokens": self.cache_tokens,
+                "out_of_memory": self.out_of_memory,
                 "zero_signal": (self.advantages == 0).all(1).float().mean().item(),
                 "completion_length": n_tokens / len(self.prompts), "tokens": int(n_tokens)}
+
+
+def joined(batches: list[Batch], groups: list[int]) -> Batch:
+    """These groups, counted through several graded batches, as one batch."""
+    G = batches[0].rewards.shape[1]
+    rows = [group * G + i for group in groups for i in range(G)]  # N
+
+    def chosen(name):
+        every = [row for batch in batches for row in getattr(batch, name)]
+        return [every[i] for i in rows]
+
+    names = ("tokens", "mask", "behavior_logprobs")
+    tensors = [pad_sequence(chosen(name), batch_first=True) for name in names]  # (N, T) each
+    problems = [problem for batch in batches for problem in batch.problems]
+    rewards = torch.cat([batch.rewards for batch in batches])[groups]  # (Q, G)
+    return Batch(chosen("prompts"), *tensors, torch.stack(chosen("truncated")), chosen("texts"),
+                 rewards=rewards, problems=[problems[group] for group in groups])
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -996,8 +1082,9 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     for part, mask in zip(*(x.split(max(1, prefill_tokens // ids.shape[1])) for x in (ids, seen))):
         caches.append(DynamicCache())
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits.append(model(part, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1,
-                            **{cache_name(model): caches[-1]}).logits[:, -1])
+        output = model(part, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1,
+                       **{cache_name(model): caches[-1]})
+        logits.append(output.logits[:, -1])
     rows = torch.tensor([place[prefix] for prefix in prefixes], device=model.device)  # (n,)
     return caches, torch.cat(logits)[rows], seen[rows], rows
 
@@ -1009,11 +1096,17 @@ def decode_chunk(model, cache, seen, token, logits, steps, temperature, top_p, g
     Returns tokens (n, steps), their log-probabilities, and `seen` as it is now.
     """
     tokens, logprobs, name = [], [], cache_name(model)
+    config = model.config.get_text_config()
+    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    has_windows = has_windows or getattr(config, "sliding_window", None)
+    is_plain = getattr(config, "rope_parameters", None) and not has_windows
     for _ in range(steps):
         if token is not None:
             seen = F.pad(seen, (0, 1), value=1)  # (n, P + 1)
             position_ids = seen.sum(-1, keepdim=True) - 1  # (n, 1)
-            logits = model(token[:, None], attention_mask=seen, position_ids=position_ids, use_cache=True,
+            # where all layers look at all tokens, a ready mask: transformers would wait for the GPU to make one
+            mask = seen[:, None, None].bool() if is_plain else seen
+            logits = model(token[:, None], attention_mask=mask, position_ids=position_ids, use_cache=True,
                            **{name: cache}).logits[:, -1]  # (n, V)
         token, logprob = draw(logits, temperature, top_p, generator)  # (n,), (n,)
         tokens.append(token)
@@ -1041,6 +1134,19 @@ class Row:
         self.ended = self.tokens[-1] in eos or len(self.tokens) == limit
 
 
+def empty_cache(device) -> None:
+    """Give back what the allocator keeps: sampling and training want pieces of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def decode(tokenizer, tokens: list[int]) -> str:
+    """The text of a completion without its special tokens, but for the marks of a thought."""
+    thoughts = {tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")}
+    special = set(tokenizer.all_special_ids) - thoughts
+    return tokenizer.decode([token for token in tokens if token not in special], skip_special_tokens=False)
+
+
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0,
            generator=None, cache_tokens=None, chunk=None, prefill_tokens=16384) -> Batch:
@@ -1048,12 +1154,13 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 
     Works in waves of as many rows as the cache has room for. Every `chunk` tokens the rows that have ended are
     dropped, and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a later wave, which
-    reads in what they have so far. Running out of memory is no more than that: the wave ends, and the room is
-    halved. Raises FloatingPointError where the model's probabilities are not finite.
+    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried once
+    more with the same room, then with less. Raises FloatingPointError where the model's probabilities are not
+    finite.
     """
     model.eval()
     device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens or sys.maxsize
-    chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that ends early is carried to the chunk's end
+    chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that ends early is carried to its end
     rows = [Row(prompt) for prompt in prompts for _ in range(group_size)]  # N
 
     def carry_on(wave):
@@ -1074,25 +1181,33 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
             kept = torch.tensor(alive[:fit], dtype=torch.long, device=device)
             wave, seen, token = [wave[k] for k in alive[:fit]], seen[kept], tokens[kept, -1]
 
-    waiting = rows
+    waiting, out_of_memory = rows, 0
     while waiting:
         waiting = sorted(waiting, key=len)  # alike in length: little padding
         n = max(1, sum(k * (len(row) + chunk) <= room for k, row in enumerate(waiting, 1)))  # that fit
         try:
             carry_on(waiting[:n])
+            ran_out = False
         except torch.OutOfMemoryError:
+            ran_out = True
             if n == 1:
                 raise
-            room = min(room, sum(len(row) + chunk for row in waiting[:n])) // 2
+        if ran_out:  # outside the except block, which holds on to the tensors of the failed pass
+            out_of_memory += 1
+            empty_cache(device)
+            if out_of_memory > 1:
+                room = int(0.8 * min(room, sum(len(row) + chunk for row in waiting[:n])))
         waiting = [row for row in waiting[n:] + waiting[:n] if not row.ended]
 
     tokens = padded([row.tokens for row in rows], device)  # (N, T) T is the longest, no longer the limit
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
     mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
-    texts = [tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows]
+    texts = [decode(tokenizer, row.tokens) for row in rows]
+    empty_cache(device)
     left = None if room == sys.maxsize else room
-    return Batch([row.prompt for row in rows], tokens, mask, behavior_logprobs, truncated, texts, left)
+    prompts = [row.prompt for row in rows]
+    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1102,7 +1217,7 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 # ------------------------------------------------------------------------------------------------------------
 
 MAX_TEXT = 1_500  # characters of an answer
-MAX_DEPTH = 60  # nested brackets, fractions, roots, signs, ...
+MAX_DEPTH = 40  # nested brackets, fractions, roots, signs, ...
 MAX_BITS = 20_000  # of an exact number: 2^20000, 1500!
 MAX_COST = 50_000  # of reading and comparing, about a microsecond each
 POINTS = 12  # where expressions in variables are compared
@@ -1123,9 +1238,12 @@ def require(condition, cause="unparsed"):
 # --- Finding the answer in a text
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 HASHES = re.compile(r"(?<!#)####(?!#)(?!\W{0,9}(?:final|answer|step|solution)\b)[ \t]*(\S.*)", re.I)
-CUE = re.compile(r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)", re.I)
+CUE = re.compile(
+    r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)", re.I)
 MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+GOES_ON = re.compile(r"[ \t]*(?:,?[ \t]*(?:or|and)\b|[A-Za-z])")  # $5$ or $6$, $2$ fifths
 SPECIAL = re.compile(r"<\|[^|>]*\|>|</s>|<eos>")
 
 
@@ -1144,24 +1262,34 @@ def boxed(text):
     return ""
 
 
-def extract_answer(text: str) -> str | None:
+def unboxed(text):
+    """The answer of a text without a box: tagged, behind ####, or behind "the answer is"; None if missing."""
+    tail = text[-10 * MAX_TEXT:]
+    tagged = TAGGED.findall(tail) or HASHES.findall(tail)
+    if tagged:
+        return SPECIAL.split(tagged[-1])[0]
+    tail, answer = SPECIAL.split(text[-1000:])[0], None
+    for cue in CUE.finditer(tail):
+        inside = MATH.match(tail, cue.end())
+        sentence = re.split(r"\.\s|\n", tail[cue.end():] + "\n")[0].replace("**", "")  # **18** apples
+        goes_on = inside and GOES_ON.match(tail, inside.end())
+        answer = inside[inside.lastindex] if inside and not goes_on else sentence
+    return answer
+
+
+def extract_answer(text: str, thinking: bool = False) -> str | None:
     """The final answer of a completion as it was written, or None.
 
-    The last box; without any box the last `#### x`; otherwise "the answer is x" near the end. Thoughts do not
-    count, and there is no fallback: a truncated or empty last box, or bare numbers in prose, are no answer.
+    The last box; without any box <answer>x</answer>, then the last `#### x`, then "the answer is x" near the
+    end. Thoughts do not count, and `thinking` says that the prompt already opened one. There is no fallback:
+    a truncated or empty last box, or bare numbers in prose, are no answer.
     """
-    start, *thoughts = text.split("<think>")
+    start, *thoughts = ("<think>" * thinking + text).split("<think>")
     ended = [thought for thought in thoughts if "</think>" in thought]
     text = "\n".join(part.rpartition("</think>")[2] for part in (start, *ended))
     answer = boxed(text)
-    if answer is None and (hashes := HASHES.findall(text[-10 * MAX_TEXT:])):
-        answer = SPECIAL.split(hashes[-1])[0]
-    elif answer is None:
-        tail = SPECIAL.split(text[-1000:])[0]
-        for cue in CUE.finditer(tail):
-            inside = MATH.match(tail, cue.end())
-            sentence = re.split(r"\.\s|\n", tail[cue.end():] + "\n")[0]
-            answer = inside[inside.lastindex] if inside else sentence
+    if answer is None:
+        answer = unboxed(text)
     return (answer or "").strip(" \t\n*") or None
 
 
@@ -1175,44 +1303,59 @@ def table(text):
 
 SPELLINGS = table(r"""
     * \cdot \times \ast × · ⋅ ∙ ∗; / \div ÷ ⁄ ∕; - − – —; ^ **; < \lt; <= \le \leq \leqslant ≤ ⩽; > \gt;
-    >= \ge \geq \geqslant ≥ ⩾; != \ne \neq ≠; ≈ \approx \simeq; ∈ \in; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap;
-    ∖ \setminus \backslash; \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \mathbb{R} ℝ \R \reals;
-    \pi π pi; \sqrt √ sqrt; % \%; $ \$; \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace;
-    } \} \rbrace; ( \langle ⟨; ) \rangle ⟩ \rfloor \rceil; [ \lbrack; ] \rbrack; ∨ or \lor \vee;
-    & and \land \wedge; \log \lg; \arcsin asin; \arccos acos; \arctan atan; ° \circ \degree; | \vert \lvert \rvert; : \colon""")
+    >= \ge \geq \geqslant ≥ ⩾; != \ne \neq ≠; = \equiv; ≈ \approx \simeq; ∈ \in; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap;
+    ∖ \setminus \backslash except; \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \pi π pi; % \%; $ \$;
+    \mathbb{R} \mathbbR ℝ \R \reals; \mathbb{Z} \mathbbZ ℤ \Z; \mathbb{N} \mathbbN ℕ \N; \sqrt √ sqrt;
+    \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack;
+    ) \rangle ⟩ \rfloor \rceil; ] \rbrack; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee;
+    & and \land \wedge; \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
+    ° \circ \degree degree degrees""")
 # Different units are never equal; other trailing words are merely dropped. A plural -s is dropped before.
 UNITS = table(r"""
     mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in;
-    yard yd; foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s;
-    hour hr h; minute min; ms millisecond; day; week; month; year yr; l liter litre; ml milliliter; gallon;
-    mph; cent ¢; € euro; £; dollar $ usd; radian; degree deg °; % percent pct percentage; j joule; n newton; w watt;
-    v volt; k kelvin; hz hertz; am; pm""")
+    yard yd; foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; day;
+    minute min; hour hr h; ms millisecond; week; month; year yr; L l liter litre; ml milliliter; gallon; mph;
+    cent ¢; € euro; £; dollar $ usd; radian; ° deg; celsius; fahrenheit; % percent pct percentage; J joule;
+    N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm; hz hertz; am; pm;
+    / per; cup""")
 PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # units outside \text{...} too; a bare min is m*i*n
-# After one of these words, "5 and some words" is no longer 5.
-HEDGES = set("""not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise
-    to through between less more fewer than least most about approximately if unless except without dozen
-    hundred thousand million billion trillion""".split())
+# What changes the number before it: by a known factor, or so that it is no longer an answer.
+WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8
+    ninth 1/9 tenth 1/10 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 dozen 12 hundred 1e2 thousand 1e3
+    lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
+FACTORS = {word: Fraction(worth) for word, worth in zip(WORTH[::2], WORTH[1::2])}
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
+HEDGES = FACTORS.keys() | {re.sub("y$", "ie", number) + "th" for number in NUMBERS} | set(NUMBERS) | set("""
+    not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise through
+    between less fewer than least most about approximately approx roughly nearly almost circa if unless
+    without squared cubed factorial score gross once twice thrice doubled tripled quadrupled halved negated
+    below minus plus max upward mil bn mn tn ish inverse reciprocal remainder recurring repeating twelfth
+    billionth trillionth""".split())
 FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp floor ceil".split()}
-FUNCTIONS |= {r"\arcsin": "asin", r"\arccos": "acos", r"\arctan": "atan"}  # as mpmath calls them
-FUNCTIONS |= {r"\abs": "fabs", r"\log": "log10", r"\ln": "log"}
+FUNCTIONS |= {r"\arcsin": "asin", r"\arccos": "acos", r"\arctan": "atan", r"\abs": "fabs", r"\log": "log10",
+              r"\ln": "log", r"\cis": "expj"}  # as mpmath calls them
 EXACT = {r"\abs": abs, r"\floor": math.floor, r"\ceil": math.ceil, r"\gcd": math.gcd, r"\lcm": math.lcm,
-         r"\binom": math.comb, "!": math.factorial}
+         r"\binom": math.comb, "!": math.factorial, "!!": lambda n: math.prod(range(n, 0, -2)),
+         "≡": operator.mod}
 CALLS = {*FUNCTIONS, r"\gcd", r"\lcm"}
 SPELLINGS |= {name[1:]: name for name in CALLS}  # sin
-OPERATORS = {"+": operator.add, "-": lambda x, y: x + -y, "*": operator.mul}
+OPERATORS = {"+": operator.add, "-": lambda x, y: x + -y, "*": operator.mul, "/": lambda x, y: x * (1 / y)}
 LEVELS = {"∪": -1, "∩": -1, "∖": -1, ":": -1, "+": 0, "-": 0, "*": 1, "/": 1, "^": 2}  # how close they bind
 SIGNS = ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"})  # the two readings of a ±
 BRACKETS = {"()": (">", "<"), "(]": (">", "<="), "[)": (">=", "<"), "[]": (">=", "<=")}  # of intervals
-CLAIMS = ("∈", ">", ">=", "!=")
 RELATIONS = {"=": (0,), "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1)}  # signs of a - b
+SIDES = ("∈", "≈", *RELATIONS)
+SEPARATORS = (",", ";", "∨", "&")
 
 # --- From text to tokens
 
-STYLE = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|bf|it)|boldsymbol|operatorname)\*?\s*"
+STYLE = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|bf|it)|boldsymbol|operatorname)\*?"
 SIZE = r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|q?quad|thinspace|f?boxe?d?|underline|rm|bf)\b"
 SPACE = r"(?:\\[,!;:>\s]|~)"
+SEPARATOR = re.compile(rf"\{{,\}}|,?{SPACE}|\\|\s")  # of thousands
 TOKEN = re.compile(rf"""
-    {STYLE}\{{(?P<text>[^{{}}]*)\}}
+    {STYLE}\s*\{{(?P<text>[^{{}}]*)\}}
     | (?P<dress>\\(?:text)?color\s*\{{[^{{}}]*\}} | \\(?:left|right)\s*\. | (?<=[0-9])(?:st|nd|rd|th)\b
         | {STYLE}(?![A-Za-z]) | {SIZE} | {SPACE} | \\[()\[\]] | [$"“”`])
     | (?P<small>[⁰¹²³⁴-⁹⁻ⁿ]+|[¼-¾⅐-⅞])  # x² ½
@@ -1220,43 +1363,144 @@ TOKEN = re.compile(rf"""
             | [1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?![0-9]) | [0-9]+ | (?=\.[0-9]))  # 1,234
         (?:\.[0-9]*)?(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.]))?)
     | (?P<word>\b[aApP]\.\s?[mM]\b\.? | [^\W\d_]+) | \\(?:angle|triangle)\s*[A-Z]{{1,5}}
-    | (?P<row>\\\\(?:\s*\[\s*-?[0-9.]+\s*[a-z]+\s*\])?) | \\(?:begin|end)\{{\w+\}} | \\mathbb\{{\w\}}
-    | \\[A-Za-z]+ | \\\S | <= | >= | \*\* | (?<![0-9)!])!= | \S""", re.VERBOSE)
+    | (?P<row>\\\\(?:\s*\[\s*-?[0-9.]+\s*[a-z]+\s*\])?) | \\(?:begin|end)\{{\w+\}}
+    | \\mathbb\s*(?:\{{\w\}}|\w) | \\[A-Za-z]+ | \\\S
+    | <= | >= | \*\* | !! | (?<![0-9)!])!= | \S""", re.VERBOSE)
+
+
+WORDS = re.compile(r"(?=.*(?:[^\W\d_]{4}|[A-Z]\w|[aeiou]))(?:[^\W\d_]|[\s.,'’-])+")  # nothing but words
+PROSE = re.compile(r"(?<![\\A-Za-z{])(?!(?:sqrt|infinity|arc\w+)\b)[A-Za-z]{4,}")  # "of" is one, too
+TEXTS = re.compile(rf"{STYLE}\s*\{{[^{{}}]*\}}")
+CHOICE, BETWEEN = r"(?:\([A-J]\)|[A-J]\)?|[①-⑳])", rf"(?:{STYLE}|[\s,;、&.{{}}$]|\\ |\band\b)*"
+CHOICES = re.compile(rf"(?:{BETWEEN}(?i:option|choice|answer)s?:?)?(?:{BETWEEN}{CHOICE})+{BETWEEN}")
 
 
 def glue(match):
     """One token of several: x _ { 1 2 } becomes x_12. The base of a logarithm is no part of a name."""
-    return match[0] if match[0].startswith(r"\log") else re.sub("[ {}]", "", match[0])
+    return match[0] if match[0].startswith(r"\log") else re.sub(r'[ {}()"=]|^m (?=\\)', "", match[0])
 
 
-WORDS = re.compile(r"(?=.*(?:[^\W\d_]{4}|[A-Z]\w|[aeiou]))(?:[^\W\d_]|[\s.,'’-])+")  # nothing but words
-# Applied to the tokens, joined by spaces: what is only dress goes, two ways to write the same become one.
+def based(match):
+    """One token for a number in another base: A 5 _ { 16 } becomes #A5_16."""
+    digits, base = match[1].replace(" ", "").upper(), re.sub('[ "{}]', "", match[2])
+    return f"#{digits}_{NUMBERS.index(base) if base in NUMBERS else base}"
+
+
+def bounds(match):
+    """] 1 , 2 [ becomes ( 1 , 2 )."""
+    left, right = "[" if match[1] == "[" else "(", "]" if match[4] == "]" else ")"
+    return f"{left} {match[2]} , {match[3]} {right}"
+
+
+def mixed(match):
+    """1 \\frac { 4 } { 5 } becomes ( 1 + \\frac { 4 } { 5 } ), but 1 \\frac { 5 } { 4 } is a product."""
+    return f"( {match[1]} + {match[2]} )" if int(match[3]) < int(match[4]) else match[0]
+
+
+def repeating(match):
+    """0.1 \\overline { 6 } becomes ( 0.10 + 6 / 90 )."""
+    return f"( {match[1]}0 + {match[3]} / {'9' * len(match[3]) + '0' * len(match[2])} )"
+
+
+def unnumbered(match):
+    """x_1 = 2 , x_2 = 3 becomes x = 2 , x = 3."""
+    return re.sub(r"_\d+ =", " =", match[0])
+
+
+def values(match):
+    """( x , y ) = ( 3 , 4 ) becomes x = 3 , y = 4."""
+    names, values = (match[k].split(" , ") for k in (1, 2))
+    return " , ".join(map(" = ".join, zip(names, values))) if len(names) == len(values) else match[0]
+
+
+MONTH = '"((?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"'
+NAME = r"(?!\\begin|\\end)\\?[^\W\d]\S*"  # a variable; an unknown command is one, too
+MATRIX = r"\{(?:[pb]?matrix|smallmatrix|array|cases)\}"
+GROUP = r"(?:\{ [^{}]* \}|\w)"
+ABS = r"(?:^|(?<=[,;∨&(] ))\\abs \( ([^()]*) \)"
+BOUND = r"((?:[^,;∨&<>=()]|\([^()]*\))*?)(?= [,;∨&<>=)]|$)"
+FOR_ALL = r'(?:"for" "(?:all|any|every|each)"|\\forall)'
+D, N = r"(?:d|\\partial)", "[a-zA-Z]"
+# What is only a name before "=": f^{-1}(x), f(g(x)), (f \circ g)(x), dy/dx, m\angle A, |AB|, \max f, P(A).
+NAMED = "|".join([
+    rf"{N} \^ \{{ - 1 \}} \( {N} \)", rf"{N} \( {N} \( {N} \) \)", rf"\( {N} (?:[°+*/-] )?{N} \) \( {N} \)",
+    rf"\\frac \{{ {D} [^{{}}]*\}} \{{ {D} [^{{}}]*\}}(?: {N}(?: \( {N} \))?)?", rf"d {N} / d {N}",
+    rf"{N} \^ \*", r"(?:m )?\\angle\w+", r"\\abs \( (?:[A-Z]|\\vec)[^()=]* \)",
+    r"\\(?:max|min|sup|lim|det)\b[^=,;]*",
+    r"(?:[PEfghFGH]|\\(?:var)?phi|\\psi)(?: ')* \( [^()]* \)", rf"{N}(?: ')* \( \w+(?: , \w+)* \)"])
+# Applied to the tokens, joined by spaces: what is only dress goes, two ways to write the same become one. The
+# first of each is a text without which it cannot match, to save time.
 REWRITES = [(part, re.compile(pattern), new) for part, pattern, new in [
+    # dress
     ("", r"^(?:=|:|≈) |(?: [.,;:]){1,2}$", ""),  # = 5 .  ->  5
-    ("inf", r"- \\infty", r"-\\infty"),  # - \infty  ->  -\infty
-    ("°", r"\^ (?:°|\{ ° \})", "°"),  # 45 ^ { ° }  ->  45 °
-    ("°", r'° "?[CF]"?$', "°"),  # 20 ° "C"  ->  20 °
+    ('"', r'(?<=" )a (?=")|"the" ', ""),  # "for" a "day"
+    ('"', r'^(?!.*"not")(?:"\w+" )+?"(?:is|are|equals)" (?:: |= )?|^"exactly" ', ""),  # "it" "is" 5
+    ('"', r'(?: ,)? "(?:since|because)".*', ""),  # 18 , "since" 9 * 2 = 18  ->  18
+    ('"', r'(?: [,(])? "as" "(?:desired|required|needed|claimed|wanted|expected|stated|shown)".*', ""),
+    ("\\", r" \\(?:blacksquare|square|Box|qed|checkmark)(?!\S)", ""),  # 5 \blacksquare  ->  5
+    ("for", rf'(?: ,)? {FOR_ALL}(?: "real")?(?: "numbers?")? \w(?: ∈ \S+R\}})?$', ""),  # 0 "for" "all" x
+    ("{", r"\{ ([-+:=]) \}", r"\1"),  # { - } 7  ->  - 7
     ('"', r'\^ (?:\{ )?"(?:st|nd|rd|th)"(?: \})?', ""),  # 12 ^ { "th" }  ->  12
-    ("|", r"\| ([^|]*) \|", r"\\abs ( \1 )"),  # | x |  ->  \abs ( x )
-    (r"\l", r"\\l(floor|ceil) ", r"\\\1 ( "),  # \lfloor x )  ->  \floor ( x )
+    # A : 12  ->  A
+    ("", r'^(?:\( )?"?([A-Z])"? [).:] (?=["\d$]|\\frac|\\sqrt)(?!.*(?:[∨&,;(]|"not"| [A-Z](?!\S))).*', r"\1"),
+    # numbers
+    ("inf", r"- \\infty", r"-\\infty"),  # - \infty  ->  -\infty
+    ("10", r"(?<=\d) x 10 \^", " * 10 ^"),  # 3 x 10 ^  ->  3 * 10 ^
+    ("_", r"(?<!\S)((?:\d+ |[A-Fa-f] )+)_ \{ (16) \}", based),  # A 5 _ { 16 }  ->  #A5_16
+    ("_", r'(?<!\S)(\d+) _ (\{ (?:"\w+"|\d+|[a-z](?: [a-z])+) \}|\d)', based),  # 204 _ { 5 }  ->  #204_5
     ("\\", r"(\\frac|\\binom) (\d)(\d*)", r"\1 { \2 } \3"),  # \frac 12  ->  \frac { 1 } 2
-    ("\\", r"(\\frac|\\binom) (\{ [^{}]* \}) (\d)(\d*)", r"\1 \2 { \3 } \4"),  # then \frac { 1 } { 2 }
-    ("/", r"\b(\d+) (\d+) / (\d+)\b", r"\1 \\frac { \2 } { \3 }"),  # 1 4 / 5  ->  1 \frac { 4 } { 5 }
-    ("frac", r"(?<![\d^_.] )(?<![\d.])(\d+) (\\frac \{ (\d+) \} \{ (\d+) \})",  # ( 1 + \frac { 4 } { 5 } )
-     lambda m: f"( {m[1]} + {m[2]} )" if int(m[3]) < int(m[4]) else m[0]),
-    ("bar", r"\\bar ", r"\\overline "),
-    ("over", r"(\d*\.(\d*)) \\overline \{ (\d+) \}",  # 0.1 \overline { 6 }  ->  ( 0.10 + 6 / 90 )
-     lambda m: f"( {m[1]}0 + {m[3]} / {'9' * len(m[3]) + '0' * len(m[2])} )"),
-    ("array", r"\\begin\{array\} \{ [^{}]* \}", r"\\begin{array}"),  # \begin{array} { c c }
-    ("_", r"(?<!\S)(\d+) _ (?:\{ (\w+) \}|(\w))", r"#\1_\2\3"),  # 204 _ { 5 }  ->  #204_5
-    ("", r"(?:\\(?:overline|vec|hat|tilde|d?dot|overrightarrow|widehat) (?:\{ [^{}]* \}|\w)|[^\W\d_](?!\S)"
-     r"|\\[a-zA-Z]+)(?: _ (?:\{ [^{}]* \}|\w))?(?: ')*(?:(?<=[fg']) \( [^()]* \))?", glue),  # x _ { 2 }
-    ('"', r'\\frac \{ ("\w+") \} \{ ("\w+") \}', r"\1 / \2"),  # \frac { "m" } { "s" }  ->  "m" / "s"
+    ("\\", r"(\\frac|\\binom) (\{ [^{}]* \}) (\d)(\d*)", r"\1 \2 { \3 } \4"),  # and then \frac { 1 } { 2 }
     ("over", r"\{ ([^{}]*) \\over ([^{}]*) \}", r"\\frac { \1 } { \2 }"),  # { a \over b }
-    ('"re', r'(?:"all" )?"reals?"(?: "numbers?")', r"\\mathbb{R}"),  # "all" "real" "numbers"  ->  \mathbb{R}
-    ('"re', r'"all" "reals?"', r"\\mathbb{R}"),
-    ("", r'^(?:\( )?([A-Z]) [).:] (?=["0-9$]|\\frac|\\sqrt)(?!.*(?:∨|&|"not"| [A-Z](?!\S)|[,;(])).*', r"\1"),
-]]  # the last: A : 12  ->  A
+    ("choose", r"\{ ([^{}]*) \\choose ([^{}]*) \}", r"\\binom { \1 } { \2 }"),  # { 10 \choose 3 }
+    ("/", r"\b(\d+) (\d+) / (\d+)\b", r"\1 \\frac { \2 } { \3 }"),  # 1 4 / 5  ->  1 \frac { 4 } { 5 }
+    ("frac", r"(?<![\d^_.] )(?<!\S)(\d+) (\\frac \{ (\d+) \} \{ (\d+) \})", mixed),  # then ( 1 + \frac ... )
+    # 0. \dot { 1 } \dot { 2 }  ->  0. \dot 12
+    ("dot", r"\\dot (?:\{ )?(\d)(?: \})? (?:(\d+) )?\\dot (?:\{ )?(\d)(?: \})?", r"\\dot \1\2\3"),
+    (".", r"(\d*\.(\d*)) \\(?:overline|bar|dot) (?:\{ )?(\d+)(?: \})?", repeating),
+    # units and words
+    ("°", r"\^ (?:°|\{ ° \})", "°"),  # 45 ^ { ° }  ->  45 °
+    ("°", r"(\d+) ° (\d+) '", r"( \1 + \2 / 60 ) °"),  # 45 ° 30 '
+    ("°", r'° (?:"?C"?|"celsius")(?!\S)', '"celsius"'),  # 20 ° "C"
+    ("°", r'° (?:"?F"?|"fahrenheit")(?!\S)', '"fahrenheit"'),
+    ("Omega", r"(?<=[\d}] )\\Omega", '"Ω"'),  # 18 \Omega
+    ("$", r'\$ (\d\S*(?: "(?:hundred|thousand|\w+illion)")?)(?: "dollars?")?', r"\1 $"),  # $ 5  ->  5 $
+    ('"', r'\\frac \{ ("\w+") \} \{ ("\w+")((?: \^ \S+)?) \}', r"\1 / \2\3"),  # \frac { "m" } { "s" }
+    ('"', r'(?<=[\d"}] )\( ((?:"\w+"|[/^°] |\d| )+) \)', r"\1"),  # 5 ( "cm" )  ->  5 "cm"
+    ('"', r'" \. "', '" "'),  # "sq" . "ft"
+    ('"', r'"(?:square|sq)" ("\w+")', r"\1 ^ 2"),  # "square" "feet"  ->  "feet" ^ 2
+    ('"', r'"(?:cubic|cu)" ("\w+")', r"\1 ^ 3"),
+    ('"', rf'(?<!\S)(\d+) (?:"of" )?{MONTH}(?!\S)|{MONTH} (\d+)(?!\S)', r'"\2\3\1\4"'),  # "june" 20
+    ('"re', r'(?:"all" )?"reals?" "numbers?"|"all" "reals?"', r"\\mathbb{R}"),  # "all" "real" "numbers"
+    # "integer" k, k "is" "an" "integer"  ->  k ∈ \mathbb{Z}
+    ('"in', r'(?:"any" )?"integers?" (\w)(?!\S)|(\w) (?:"is" )?(?:"any?" )?"integer"', r"\1\2 ∈ \\mathbb{Z}"),
+    # sets and matrices
+    ("\\", rf"\\begin{MATRIX}(?: \{{ [clr| ]+ \}})?", "⟦"),  # \begin{array} { c c }
+    ("\\", rf"\\end{MATRIX}", "⟧"),
+    ("{", r"\{ (\w)(?: ∈ \\mathbb\{R\})? [|:] ([^{}]*) \}", r"( \2 )"),  # { x | x > 2 }  ->  ( x > 2 )
+    ("|", r"\| ([^|]*) \|", r"\\abs ( \1 )"),  # | x |  ->  \abs ( x )
+    ("<", rf"{ABS} (<=?) {BOUND}", r"- ( \3 ) \2 \1 \2 \3"),  # \abs ( x ) < 2  ->  - ( 2 ) < x < 2
+    (">", rf"{ABS} >(=?) {BOUND}", r"\1 >\2 \3 ∨ \1 <\2 - ( \3 )"),  # \abs ( x ) > 2
+    (r"\l", r"\\l(floor|ceil) ", r"\\\1 ( "),  # \lfloor x )  ->  \floor ( x )
+    ("", r"([][]) ([^][,;⟦]*) [,;] ([^][,;⟦]*) ([][])", bounds),  # ] 1 , 2 [  ->  ( 1 , 2 )
+    ("≡", r"\( ≡ ([^()]*) \)", r"≡ \1"),  # ( mod 7 )  ->  mod 7
+    # names
+    ("=", rf"(?:^|(?<=[,;∨&] ))(?:{NAMED})(?= =)", glue),
+    ("\\", rf"\\(?:overline|vec|hat|tilde|d?dot|overrightarrow|widehat) {GROUP}", glue),  # \overline { A B }
+    ("_", rf"(?:[^\W\d_]|\\[a-zA-Z]+) _ {GROUP}", glue),  # x _ { 2 }  ->  x_2
+    ("'", r"[^\W\d]\S*(?: ')+", glue),  # f ' '  ->  f''
+    ("(", r"(?<!\S)[fg]'* \( [^()]* \)", glue),  # f ( 2 )  ->  f2
+    ("≈", rf"(?:^|(?<=[,;∨&] ))(?!\\pi|e )({NAME}) ≈", r"\1 ="),  # x ≈ 5  ->  x = 5
+    (":", r'^((?:"\w+" )+): ', r"\1= "),  # "area" : 12
+    ("=", r"^\( ([^()\d][^()]*) \) = \( ([^()]*) \)$", values),  # ( x , y ) = ( 3 , 4 )  ->  x = 3 , y = 4
+    ("_", r"(\w)_\d,\d(?= =)", r"\1"),  # x_1,2 = 1 ± 2
+    ("_1", r"^([a-z])_\d+ = [^,;∨&]*(?:[,;∨&] \1_\d+ = [^,;∨&]*)+$", unnumbered),  # x_1 = 2 , x_2 = 3
+    # x = k \pi "for" k ∈ \mathbb{Z}  ->  x = k \pi , k ∈ \mathbb{Z}
+    ("∈", r' (?:, )?(?:\( |"(?:for|where|with|when|all|any|some)" )*(\w) ∈ (\S+)(?: \))?$', r" , \1 ∈ \2"),
+]]
+
+
+LETTER_UNIT = re.compile(
+    r"^((?:\S+ = )?(?:- )?\d\S*(?: \* 10 \^ (?:\d+|\{ (?:- )?\d+ \}))?) ([KNJCVWLATF]|m(?= / s))(?= [/^]|$)")
 
 
 def unit_name(word):
@@ -1267,10 +1511,10 @@ def unit_name(word):
 def scan(text, words_only):
     """Canonical tokens: numbers, "words" in quotes, single letters, \\commands and symbols."""
     if words_only:
-        text = re.sub(r"(?<=[^\W\d_])['’-](?=[^\W\d_])", "", text)  # isn't
-    tokens, depth = [], 0
+        text = re.sub(r"(?<=[^\W\d_])['’-](?=[^\W\d_])|\b[Aa]n? (?=[a-z]{2})", "", text)  # isn't, a parabola
+    tokens, depth, prose = [], 0, PROSE.search(text) and PROSE.search(TEXTS.sub("", text))
     for match in TOKEN.finditer(text):
-        kind, token = match.lastgroup, re.sub(r"\s", "", match[0])
+        kind, token = match.lastgroup, "".join(match[0].split())
         if kind == "text":
             tokens += scan(match["text"], words_only=True)
         elif kind == "small":
@@ -1278,15 +1522,17 @@ def scan(text, words_only):
             above = scan(above, words_only=False)
             tokens += [r"\frac", "{", *above, "}", "{", below, "}"] if below else ["^", "{", *above, "}"]
         elif kind == "number":
-            joined = re.sub(rf"\{{,\}}|,?{SPACE}|\\", "", token)
+            joined = SEPARATOR.sub("", token)
             tokens += re.split("(,)", joined) if depth else [joined.replace(",", "")]  # (1,234) is a pair
         elif kind == "word" and token not in SPELLINGS:
             # 5 apples and 5cm end in words; 2lwh and 6abcd are products
-            attached = text[match.start() - 1:match.start()].isdigit()
-            word = token.lower().replace(".", "")
-            is_word = unit_name(word) in PLAIN_UNITS or not attached and (len(token) > 3 or token.istitle())
-            is_unit = words_only and token in UNITS
-            tokens += [f'"{word}"'] if is_unit or len(token) > 1 and (words_only or is_word) else token
+            is_factor = text[match.start() - 1:match.start()].isdigit()
+            word = token.lower().replace(".", "") if len(token) > 1 else token
+            is_word = words_only or unit_name(word) in PLAIN_UNITS or prose and not is_factor
+            is_name = token.istitle() and not is_factor
+            is_behind = len(token) > 1 and re.search(r"\d\s$", text[:match.start()][-2:])  # 12 in
+            is_unit = token in UNITS and (words_only or is_behind)
+            tokens += [f'"{word}"'] if is_unit or len(token) > 1 and (is_word or is_name) else token
         elif kind != "dress":
             depth += token in ("(", "[", r"\{")
             tokens.append(";" if kind == "row" else SPELLINGS.get(token, token))
@@ -1296,10 +1542,17 @@ def scan(text, words_only):
 def tokenize(text):
     """The tokens of an answer, without its dress."""
     require(len(text) <= MAX_TEXT, "too_big")
+    if len(text) < 100 and CHOICES.fullmatch(text):
+        return " , ".join(re.findall(r"[A-J](?![a-z])|[①-⑳]", text)).split()
     line = " ".join(scan(text, words_only=WORDS.fullmatch(text.strip("$ .")) is not None))
-    for part, pattern, new in REWRITES:
+    for part, pattern, new in REWRITES if " " in line else ():
         line = pattern.sub(new, line) if part in line else line
     return line.split()
+
+
+def with_units(tokens, gold):
+    """The tokens of a number and a letter, the letter as a unit unless the gold has that variable."""
+    return LETTER_UNIT.sub(lambda m: m[0] if m[2] in gold else f'{m[1]} "{m[2]}"', " ".join(tokens)).split()
 
 
 # --- What an answer can be: an expression is a list of samples (see Arithmetic), words are a str, the rest is
@@ -1308,8 +1561,9 @@ Ordered = namedtuple("Ordered", "brackets items")  # a tuple or interval, a rati
 Unordered = namedtuple("Unordered", "joint items")  # a "set" or list, "all" of several claims, "∪" of others
 Reals = namedtuple("Reals", "points test")  # a set of reals: test(x) if it holds x, changes at points only
 Dressed = namedtuple("Dressed", "kind name value")  # a "unit" and a value, or "∈": a variable and its values
-Relation = namedtuple("Relation", "op label value gap")  # label = value; gap = left - right, op "=", ">", ...
+Relation = namedtuple("Relation", "op label value sides")  # sides[0] op sides[1], or label = value
 
+UNUSABLE = {type(None), float}
 ZERO, MINUS_ONE, UNDEFINED = Fraction(0), [Fraction(-1)], [None]
 
 
@@ -1351,22 +1605,26 @@ class Arithmetic:
     def bits(self, x):
         """The bits of a fraction, the binary exponent of another number."""
         exact = type(x) is Fraction
-        size = x.numerator.bit_length() + x.denominator.bit_length() if exact else abs(self.mp.mag(x))
+        size = x.numerator.bit_length() + x.denominator.bit_length() if exact else abs(self.mp.mag(x or 1))
         self.pay(3 + size // 20)
         return size
 
     def compute(self, name, *xs):
-        """A function or operator of single numbers, None if undefined; to be rounded, xs must be short."""
-        if any(x is None or type(x) is float for x in xs):
+        """A function or operator of single numbers, None if undefined. To be rounded, xs must be short."""
+        if not UNUSABLE.isdisjoint(map(type, xs)):
             return None
         try:
-            y = self.function(name, *xs)
+            y = OPERATORS[name](*xs) if name in OPERATORS else self.function(name, *xs)
         except (ArithmeticError, ValueError, TypeError):  # undefined here, or of such arguments
             return None
-        is_exact = type(y) is Fraction
-        for x in (y,) if is_exact else xs:
-            require(self.bits(x) <= (MAX_BITS if is_exact else DIGITS), "too_big")
-        return y if is_exact or abs(y) > TINY else ZERO
+        if type(y) is Fraction:
+            require(self.bits(y) <= MAX_BITS, "too_big")
+            return y
+        for x in xs:
+            require(self.bits(x) <= DIGITS, "too_big")
+        is_zero = name in "+-" or name in FUNCTIONS and name != r"\exp" and Fraction not in map(type, xs)
+        require(abs(y) > TINY or y == 0 or is_zero, "too_big")  # sin(pi) is 0, e^-1000 is not
+        return y if abs(y) > TINY else ZERO
 
     def call(self, name, *args):
         """The samples of a function or operator; of a matrix that of its entries."""
@@ -1392,14 +1650,12 @@ class Arithmetic:
 
     def function(self, name, *xs):
         """A function or operator of single numbers; ArithmeticError or ValueError where it is undefined."""
-        if name in OPERATORS:
-            return OPERATORS[name](*xs)
-        if name in "^/":
-            return self.power(*xs) if name == "^" else xs[0] * self.power(xs[1], Fraction(-1))
+        if name == "^":
+            return self.power(*xs)
         exact = name in EXACT and all(type(x) is Fraction for x in xs)
         if exact or name not in FUNCTIONS:
-            require(name not in (r"\binom", "!") or max(xs) <= 1500, "too_big")
-            return Fraction(EXACT[name](*(x.numerator if x == int(x) else x for x in xs)))
+            require(name not in (r"\binom", "!", "!!") or max(xs) <= 1500, "too_big")
+            return Fraction(EXACT[name](*(int(x) if x == int(x) else x for x in xs)))
         self.pay(DIGITS)
         require(abs(xs[0]) <= 10**6, "too_big")
         y = getattr(self.mp, FUNCTIONS[name])(*xs)
@@ -1410,12 +1666,14 @@ class Arithmetic:
     def variable(self, name):
         """Samples of a variable: fractions of either sign, then positive integers."""
         bits = [zlib.crc32(f"{name} {k}".encode()) for k in range(POINTS)]
-        fractions = [Fraction(3 + b % 53, -37 if k > 1 and b & 1024 else 37) for k, b in enumerate(bits[:6])]
+        signs = [-1 if k > 1 and bits[k] & 1024 else 1 for k in range(6)]
+        fractions = [Fraction(sign * (3 + b % 53), 37) for sign, b in zip(signs, bits)]
         return fractions + [Fraction(2 + b % 11) for b in bits[6:]]
 
     def order(self, x, y):
         """The sign of x - y, or just something but 0 if they are not real."""
-        if float in (type(x), type(y)):
+        self.pay(5)
+        if type(x) is type(y) is Fraction or float in (type(x), type(y)):
             return (x.real > y.real) - (x.real < y.real)
         gap = self.compute("-", x, y)
         return 0 if gap == 0 else 1 if gap.real > 0 else -1
@@ -1423,6 +1681,7 @@ class Arithmetic:
     def equal(self, a, b):
         """Whether samples agree wherever both are defined, and that is at enough points."""
         count = max(len(a), len(b))
+        self.pay(count)
         pairs = zip(a * (count // len(a)), b * (count // len(b)))
         defined = [(x, y) for x, y in pairs if x is not None and y is not None]
         if count > 1 and not self.complex:  # a real function is not compared where it is not real
@@ -1440,16 +1699,19 @@ class Arithmetic:
     def probes(self, points):
         """The points, one real between any two neighbors, and one at either end."""
         rising = sorted(points, key=cmp_to_key(self.order)) or [ZERO]
-        middles = [(low + high) / 2 for low, high in zip(rising, rising[1:])]
+        pairs = zip(rising, rising[1:])
+        middles = [self.compute("*", self.compute("+", low, high), Fraction(1, 2)) for low, high in pairs]
         return [rising[0] - 1, *rising, *middles, rising[-1] + 1]
 
     def reals(self, node):
         """An interval or a set of numbers as Reals; None if a node is nothing of the kind."""
+        node = node.value if type(node) is Dressed else node
+        node = Unordered("set", (node,)) if type(node) is list else node
         is_set = type(node) is Unordered and node.joint == "set"
         is_interval = type(node) is Ordered and node.brackets in BRACKETS and len(node.items) == 2
         if type(node) is Reals or not is_set and not is_interval:
             return node if type(node) is Reals else None
-        if any(type(x) is not list or len(x) > 1 or not x[0] and x[0] != 0 or x[0].imag for x in node.items):
+        if any(type(x) is not list or len(x) > 1 or x[0] is None or x[0].imag for x in node.items):
             return None
         values = [x[0] for x in node.items]
         points = [x for x in values if type(x) is not float]
@@ -1474,6 +1736,8 @@ class Arithmetic:
         for shape in (Relation, Dressed):  # a label or unit that only one has is dropped
             if (type(a) is shape) != (type(b) is shape):
                 return self.same(*(x.value if type(x) is shape else x for x in (a, b)))
+        if {type(a), type(b)} == {Ordered, Unordered} and Relation in map(type, a.items + b.items):
+            a, b = a.items, b.items  # x = 3, y = 4 and (3, 4)
         if Reals in (type(a), type(b)):
             a, b = self.reals(a), self.reals(b)
         if type(a) is not type(b) or a is None:
@@ -1481,25 +1745,29 @@ class Arithmetic:
         if type(a) is list:
             return self.equal(a, b)
         if type(a) is Relation:
-            same_label = a.label == b.label != ""
-            same_gap = self.proportional(a.gap, b.gap, positive=a.op[0] == ">")
-            return a.op == b.op and (same_gap or same_label and self.same(a.value, b.value))
+            if a.op == b.op and a.label == b.label != "" and self.same(a.value, b.value):
+                return True
+            gaps = (self.call("-", *x.sides) for x in (a, b))
+            return a.op == b.op and self.proportional(*gaps, positive=a.op[0] == ">")
         if type(a) is Reals:
             return all(a.test(x) == b.test(x) for x in self.probes(a.points + b.points))
         if type(a) is str:
-            return a == b
+            return a == b or {a, b} in ({"°", "celsius"}, {"°", "fahrenheit"})
         if type(a) is Unordered and a.joint == b.joint:  # each as often here as there
-            here, there = ([sum(self.same(x, y) for y in c.items) for x in a.items + b.items] for c in (a, b))
-            return here == there and 0 not in here
+            for x in a.items + b.items:
+                here, there = (sum(self.same(x, y) for y in node.items) for node in (a, b))
+                if here != there or here == 0:
+                    return False
+            return True
         return len(a) == len(b) and all(map(self.same, a, b))
 
 
 # --- The grammar
 
-NAME = re.compile(r"\\?[^\W\d]\S*")  # a variable; an unknown command is one, too
 # What may stand before "=" as a mere label of the value: x, a_n, f(x), (x, y), V_1 : V_2, AB, Area.
-LABEL = r'NAME(?: : NAME)*|\( NAME(?: , NAME)+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+'.replace("NAME", NAME.pattern)
-UNIT = re.compile(r'(?:"\w+"|[°%$€£¢])(?: (?:"\w+"|[/*%$°]|\^ (?:- )?\d+|\^ \{ (?:- )?\d+ \}))*(?!\S)')
+LABEL = r'NAME(?: : NAME)*|\( NAME(?: , NAME)+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+'.replace("NAME", NAME)
+POWER = r"\^ (?:(?:- )?\d+|\{ (?:- )?\d+ \})"
+UNIT = re.compile(rf'(?:"\w+"|[°%$€£¢])(?: (?:"\w+"|[/*%$°]|(?<=/ )\w(?!\S)|{POWER}))*(?!\S)')
 
 
 class Reader(Arithmetic):
@@ -1517,24 +1785,21 @@ class Reader(Arithmetic):
     def parse(self, tokens):
         """The answer that all the tokens are."""
         self.tokens, self.i = [*tokens, " "], 0
-        self.depth, self.angle = 0, 0
-        self.names = []  # of the variables met
-        self.complex = self.complex or "i" in tokens
+        self.next = self.tokens[0]  # to be read
+        self.depth, self.angle, self.names = 0, 0, []  # nesting, functions around, variables met
+        self.complex = self.complex or not {"i", r"\cis"}.isdisjoint(tokens)
         node = self.items()
         require(self.next == " ")
         return node
 
-    @property
-    def next(self):
-        """The token to be read."""
-        return self.tokens[self.i]
-
     def accept(self, *tokens):
         """Use up and return the next token if it is one of these, else None."""
-        if self.next not in tokens or self.next == " ":
+        token = self.next
+        if token not in tokens or token == " ":
             return None
         self.i += 1
-        return self.tokens[self.i - 1]
+        self.next = self.tokens[self.i]
+        return token
 
     def need(self, *tokens):
         """The same, but anything else is refused."""
@@ -1545,8 +1810,8 @@ class Reader(Arithmetic):
     def listed(self):
         """Items and the separators between them."""
         items, separators = [self.relation()], ""
-        while separator := self.accept(",", ";", "∨", "&"):
-            if self.next not in (",", ";", "∨", "&") and not self.next.startswith(r"\end"):
+        while separator := self.accept(*SEPARATORS):
+            if self.next not in (*SEPARATORS, "⟧"):
                 items.append(self.relation())
                 separators += separator
         return tuple(items), separators
@@ -1558,7 +1823,7 @@ class Reader(Arithmetic):
             return found[0]
         if all(type(x) is Dressed and x[:2] == ("∈", found[0].name) and self.reals(x.value) for x in found):
             return self.merged(found, separators)
-        are_claims = all(type(x) in (Dressed, Relation) and x[0] in CLAIMS for x in found)
+        are_claims = all(type(x) in (Dressed, Relation) and x[0] in ("∈", ">", ">=", "!=") for x in found)
         return Unordered("all" if are_claims and set(separators) == {"&"} else "set", found)
 
     def merged(self, found, separators):
@@ -1575,14 +1840,16 @@ class Reader(Arithmetic):
         """a = b, a < b <= c, x ∈ S."""
         start, known = self.i, len(self.names)
         sides, ops = [self.expression()], []
-        if type(sides[0]) is str and self.next == ":":
-            self.tokens[self.i] = "="
+        if self.next not in SIDES:
+            return sides[0]
         label = re.fullmatch(LABEL, " ".join(self.tokens[start:self.i]))
-        while op := self.accept("∈", "≈", *RELATIONS):
-            ops.append("=" if op == "≈" and label and not ops else op)
+        while op := self.accept(*SIDES):
+            ops.append(op)
             sides.append(self.expression())
+            require(len(sides) < 10, "too_big")
         if "≈" in ops:  # what follows 1/3 ≈ is no part of the answer
             ops = ops[:ops.index("≈")]
+            require(self.near(*sides[len(ops):len(ops) + 2]))  # not 5 ≈ 6
             sides = sides[:len(ops) + 1]
         if not ops:
             return sides[0]
@@ -1591,35 +1858,39 @@ class Reader(Arithmetic):
         if set(ops) == {"="}:
             return self.equation(label[0] if label else "", sides)
         names = set(self.names[known:])
-        claims = [self.claim(op, self.call("-", a, b), names) for op, a, b in zip(ops, sides, sides[1:])]
+        claims = [self.claim(op, a, b, names) for op, a, b in zip(ops, sides, sides[1:])]
         if all(type(claim) is Dressed for claim in claims):
             return self.merged(claims, "&")
         return Unordered("all", tuple(claims)) if len(claims) > 1 else claims[0]
 
-    def equation(self, label, sides):
-        """left = right; a chain of equals is one value, a contradiction if they differ."""
-        a, b = sides[:2]
-        gap = self.call("-", a, b) if type(a) is type(b) is list else UNDEFINED
-        if not label and len(sides) == 2 and len(gap) > 1:
-            return Relation("=", "", UNDEFINED, gap)
-        values = sides[1:] if label else sides
-        if not all(self.same(value, values[-1]) for value in values):
-            return UNDEFINED  # 41 = 43
-        return Relation("=", label or "value", values[-1], gap)
+    def near(self, a, b):
+        """Whether numbers, with units or without, differ by at most 1 %."""
+        a, b = (x.value if type(x) is Dressed else x for x in (a, b))
+        error = self.call(r"\abs", self.call("/", self.call("-", a, b), a))
+        return len(error) == 1 and error != UNDEFINED and error[0] <= 0.01
 
-    def claim(self, op, gap, names):
-        """An inequality; as a set of reals if gap is linear in the only variable."""
+    def equation(self, label, sides):
+        """left = right; a chain of equals is one value, and refused if they differ."""
+        is_equation = all(type(side) is list for side in sides)
+        if not label and len(sides) == 2 and is_equation and len(sides[0] + sides[1]) > 2:
+            return Relation("=", "", UNDEFINED, sides)
+        values = sides[1:] if label else sides
+        require(all(self.same(value, values[-1]) for value in values))  # not 41 = 43
+        return Relation("=", label or "value", values[-1], sides[:2] if is_equation else [UNDEFINED] * 2)
+
+    def claim(self, op, a, b, names):
+        """An inequality; as a set of reals if it is linear in the only variable."""
+        a, b, op = (b, a, op.replace("<", ">")) if op[0] == "<" else (a, b, op)
+        gap, x = self.call("-", a, b), self.variable(*names) if len(names) == 1 else UNDEFINED * 2
         require(len(gap) > 1 and op in RELATIONS)
-        x, call = self.variable(*names) if len(names) == 1 else UNDEFINED * 2, self.call
-        run, rise = call("-", x[1:2], x[:1]), call("-", gap[1:2], gap[:1])
-        root = call("-", x[:1], call("*", gap[:1], call("/", run, rise)))
-        line = call("-", x, root)
+        rise, run = (self.call("-", y[:1], y[1:2]) for y in (gap, x))
+        root = self.call("-", x[:1], self.call("*", gap[:1], self.call("/", run, rise)))
         for slope in (1, -1):
-            if self.proportional(gap, call("*", [Fraction(slope)], line), positive=True):
+            line = self.call("*", [Fraction(slope)], self.call("-", x, root))
+            if self.proportional(gap, line, positive=True):
                 signs = RELATIONS[op]
                 return Dressed("∈", *names, Reals(root, lambda t: slope * self.order(t, root[0]) in signs))
-        gap = call("*", MINUS_ONE, gap) if op[0] == "<" else gap
-        return Relation(op.replace("<", ">"), "", UNDEFINED, gap)
+        return Relation(op, "", UNDEFINED, (a, b))
 
     def rest(self):
         """The tokens that are still to be read, as one text."""
@@ -1627,30 +1898,35 @@ class Reader(Arithmetic):
 
     def measured(self, node, words):
         """A node with its trailing words: only a unit among them is kept."""
-        require(not HEDGES.intersection(words) and len(words) < 10)
         self.i += len(words)
-        name = "".join(UNITS.get(unit_name(word)) or re.sub(r"\w{2,}|[{}]", "", word) for word in words)
-        power = "^2" if {"square", "sq"} & set(words) else "^3" if "cubic" in words else ""
-        return Dressed("unit", name + power, node) if name + power else node
+        self.next = self.tokens[self.i]
+        while words and unit_name(words[0]) in FACTORS:  # 2 million
+            node = self.call("*", node, [FACTORS[unit_name(words.pop(0))]])
+        require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)
+        parts = [UNITS.get(unit_name(word), "" if word.isalpha() else word) for word in words]
+        name = "".join(parts[:parts.index("")] if "" in parts else parts)
+        return Dressed("unit", name, node) if name else node
 
     def expression(self, level=-1):
         """Operands joined by the operators of LEVELS from this level on, with units down to level 0."""
         self.depth += 1
         require(self.depth <= MAX_DEPTH, "too_big")
-        if sign := self.accept("+", "-"):
-            node = self.expression(max(level, 1))
-            node = self.call("*", MINUS_ONE, node) if sign == "-" else node
-        else:
-            node = self.atom()
+        sign = self.accept("+", "-")
+        node = self.expression(max(level, 1)) if sign else self.atom()
+        if sign == "-":
+            node = self.call("*", MINUS_ONE, node)
         while True:
             op = "*" if self.starts_factor() else self.next
             if self.angle and self.accept("°"):
                 node = self.call("*", node, [self.mp.pi / 180])
-            elif self.accept("!"):
-                node = self.call("!", node)
+            elif self.next in ("!", "!!"):
+                node = self.call(self.need(self.next), node)
+            elif level <= 0 and self.accept("≡"):
+                modulus = self.expression(0)
+                node = Dressed("unit", f"mod {modulus}", self.call("≡", node, modulus))
             elif level <= 0 and self.next[0] in '"°%$€£¢' and (unit := UNIT.match(self.rest())):
                 node = self.measured(node, unit[0].replace('"', "").split())
-            elif LEVELS.get(op, -9) >= level and (op != ":" or type(node) is not str):
+            elif LEVELS.get(op, -9) >= level:
                 self.accept(op)
                 right = self.expression(LEVELS[op] + 1)
                 node = self.joined(op, node, right) if LEVELS[op] < 0 else self.call(op, node, right)
@@ -1660,7 +1936,7 @@ class Reader(Arithmetic):
 
     def starts_factor(self):
         """Whether the next token can follow a factor as another one, without a sign between."""
-        return self.next[0].isalnum() or self.next[0] in "\\([{." and not self.next.startswith(r"\end")
+        return self.next[0].isalnum() or self.next[0] in "\\([{.⟦"
 
     def atom(self):
         """A number, name, bracket, root, fraction, function or matrix: what an operator applies to."""
@@ -1673,10 +1949,13 @@ class Reader(Arithmetic):
             return self.bracket(token)
         if token in LOCAL.constants:
             return LOCAL.constants[token]
+        if len(token) == 3 and token[0] == '"':  # a letter in \text
+            token = token[1]
         if token[0] in '"#':
+            words = [token]
             while token[0] == self.next[0] == '"':
-                token += " " + self.need(self.next)
-            return token
+                words.append(self.need(self.next))
+            return " ".join(unit_name(word.strip('"')) for word in words)
         if token in (r"\frac", r"\binom"):
             return self.call("/" if token == r"\frac" else token, self.atom(), self.atom())
         if token == r"\sqrt":
@@ -1684,13 +1963,13 @@ class Reader(Arithmetic):
             return self.call("^", self.atom(), self.call("/", [Fraction(1)], index))
         if token in CALLS:
             return self.named(token)
-        if token.startswith(r"\begin"):
+        if token == "⟦":
             entries, shape = self.listed()
-            self.need(token.replace("begin", "end"))
+            self.need("⟧")
             return Ordered(shape or "&", entries)
         if token in ("$", "€", "£"):
             return Dressed("unit", UNITS[token], self.atom())
-        require(NAME.fullmatch(token))
+        require(re.fullmatch(NAME, token))
         self.names.append(token)
         return self.variable(token)
 
@@ -1722,25 +2001,35 @@ class Reader(Arithmetic):
 # --- Judging
 
 
-def readable(answer: str) -> bool:  # PLACEHOLDER of the data section: the verifying section has the real one
-    """Whether the verifier can read an answer as more than text."""
-    return True
+def plain(text):
+    """The value of a plain integer, decimal or fraction, else None: it spares most pairs all of the above."""
+    text = re.sub(r"^(-?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
+    is_plain = re.fullmatch(r"-?[0-9]{1,99}(?:\.[0-9]{1,99}|/[1-9][0-9]{0,99})?", text)
+    return Fraction(text) if is_plain else None
 
 
-def grade(completion: str, answer: str) -> tuple[float, str | None]:
+def gold_of(answer):
+    """The bare answer of a gold, which may be a solution that ends in `#### x` or has a box."""
+    return extract_answer(answer) if re.search(r"\\(?:boxed|fbox)|####", answer) else answer
+
+
+def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, str | None]:
     """(1.0 or 0.0, cause): whether the final answer of a completion equals the given answer.
 
-    `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `cause` is
-    None when both could be compared, else "no_answer", "unparsed" or "too_big": work is bounded before it is
-    done, so there is no timeout. Never executes anything, never raises, changes nothing, keeps nothing.
+    `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `thinking`
+    says that the prompt opened a thought. `cause` is None when both could be compared, else "no_answer",
+    "unparsed" or "too_big": work is bounded before it is done, so there is no timeout. Never executes
+    anything, never raises, changes nothing, keeps nothing.
     """
-    given = extract_answer(completion)
-    gold = extract_answer(answer) if re.search(r"\\(?:boxed|fbox)|####", answer) else answer
+    given, gold = extract_answer(completion, thinking), gold_of(answer)
     if given is None or gold is None:
         return 0.0, "no_answer"
-    tokens = []
+    numbers, tokens = (plain(given), plain(gold)), []
+    if None not in numbers:
+        return float(numbers[0] == numbers[1]), None
     try:
         tokens = [tokenize(given), tokenize(gold)]
+        tokens[0] = with_units(tokens[0], tokens[1])
         reader = Reader()
         return float(reader.same(*map(reader.read, tokens))), None
     except Refused as refused:
@@ -1748,9 +2037,18 @@ def grade(completion: str, answer: str) -> tuple[float, str | None]:
         return (1.0, None) if are_alike else (0.0, refused.args[0])
 
 
-def verify(completion: str, answer: str) -> float:
+def readable(answer: str) -> bool:
+    """Whether a gold can be read; one that cannot is only compared as text."""
+    try:
+        Reader().read(tokenize(gold_of(answer) or ""))
+    except Refused:
+        return False
+    return True
+
+
+def verify(completion: str, answer: str, thinking: bool = False) -> float:
     """1.0 if the final answer of a completion equals the given answer, else 0.0; see `grade`."""
-    return grade(completion, answer)[0]
+    return grade(completion, answer, thinking)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1775,6 +2073,7 @@ class Problem(NamedTuple):
     answer: str  # the first gold, for people; "" without any
     golds: tuple[str, ...]  # any of them is right
     row: dict  # of the dataset, whole, for a reward function of the user's own; otherwise {}
+    thinking: bool = False  # the prompt opens a thought, which the completion has to end
 
 
 def load_or_explain(name: str, what: str, load):
@@ -1926,7 +2225,8 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = Fa
             left_out[reason] += 1
         else:
             row = row if own_reward else {}  # rows can be large
-            problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row))
+            thinking = tokenizer.decode(ids[-10:]).rstrip().endswith("<think>")
+            problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row, thinking))
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
         raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
@@ -1972,11 +2272,11 @@ def check_positions(path: str, longest: int) -> None:
         if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
             limit = min(limit, rope.get("original_max_position_embeddings") or limit)
             if longest > limit:
-                raise UserError(f"{path} turns positions otherwise beyond {limit:,} tokens, which keys in the cache "
-                                f"do not follow; a completion can end at {longest:,}: give a smaller --max-new-tokens")
+                raise UserError(f"{path} turns positions otherwise beyond {limit:,} tokens, which the cache "
+                                f"cannot follow; a completion can end at {longest:,}: see --max-new-tokens")
     if longest > limit and not ropes:
-        raise UserError(f"{path} has {limit:,} positions, but a prompt and its completion can take {longest:,}: "
-                        "give a smaller --max-new-tokens")
+        raise UserError(f"{path} has {limit:,} positions, but a prompt and its completion can take "
+                        f"{longest:,}: give a smaller --max-new-tokens")
     if longest > limit:
         tqdm.write(f"warning: {path} was made for {limit:,} tokens; a completion can end at {longest:,}")
 
@@ -1991,7 +2291,7 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
         output_loading_info=True))
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
-        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would start at random")
+        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would be random")
     if base_folder(path) != path:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
@@ -2043,7 +2343,9 @@ class MasterAdamW:
         self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
         self.adam = torch.optim.AdamW(self.masters, fused=True, **options)
         pinned = device.type == "cpu" and self.weights[0].is_cuda  # faster on the way
-        self.buffer = torch.empty(max(w.numel() for w in self.weights), device=device, pin_memory=pinned)
+        largest = max(weight.numel() for weight in self.weights)
+        self.down = torch.empty(largest, device=device, pin_memory=pinned)
+        self.up = torch.empty(largest, dtype=self.weights[0].dtype, device=device, pin_memory=pinned)
 
     @property
     def param_groups(self):
@@ -2054,11 +2356,10 @@ class MasterAdamW:
         """One AdamW step of every weight that has a gradient."""
         for weight, master in zip(self.weights, self.masters):
             if weight.grad is not None:
-                on_the_way = self.buffer[:weight.numel()].view_as(weight)
-                master.grad = on_the_way.copy_(weight.grad)
+                master.grad = self.down[:weight.numel()].view_as(weight).copy_(weight.grad)
                 self.adam.step()  # of this one: no other has a gradient
                 master.grad = None
-                weight.copy_(on_the_way.copy_(master))
+                weight.copy_(self.up[:weight.numel()].view_as(weight).copy_(master))
 
     def zero_grad(self, set_to_none=True):
         for weight in self.weights:
@@ -2091,13 +2392,20 @@ def make_optimizer(model, cfg: Config):
     return MasterAdamW(weights, where, **options)
 
 
+CGROUP = Path("/sys/fs/cgroup")  # where a container is told its limits
+
+
 def free_memory(device: str) -> float:
     """Bytes that can be had on a device now; infinite where the system does not tell."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text() if meminfo.exists() else "")
-    return int(found[1]) * 1024 if found else math.inf
+    free = int(found[1]) * 1024 if found else math.inf
+    if (CGROUP / "memory.max").exists() and (CGROUP / "memory.max").read_text().strip().isdigit():
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def peak_memory_gb(device) -> float | None:
@@ -2113,11 +2421,11 @@ def peak_memory_gb(device) -> float | None:
 def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     """cfg with what it leaves open filled in for this model and device, and a table of the memory it takes.
 
-    `shapes` is the model on the meta device, `out` the folder of the run. These are estimates, and a sixteenth
-    of the free memory is left alone. Raises UserError for what cannot fit.
+    `shapes` is the model on the meta device, `out` the folder of the run. These are estimates. Raises
+    UserError for what cannot fit.
     """
     here, gpu, c = device.type, device.type == "cuda", shapes.config.get_text_config()
-    free = {name: free_memory(name) * 15 / 16 for name in ("cpu", here)}
+    free = {name: free_memory(name) * MEMORY_SHARE for name in ("cpu", here)}
     old_run = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())  # is replaced, or goes
     free["disk"] = shutil.disk_usage(out).free + old_run
     dtype = ("bfloat16" if gpu else "float32") if cfg.dtype == "auto" else cfg.dtype
@@ -2130,7 +2438,7 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     there = ("cpu" if crowded else here) if cfg.optimizer_device == "auto" else cfg.optimizer_device
     adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
 
-    for module in shapes.modules():  # positions do not matter here, and some kinds cannot be computed without data
+    for module in shapes.modules():  # some positions cannot be computed without data; here they do not matter
         if hasattr(module, "rope_type"):
             module.rope_type = "default"
     one_token = torch.zeros(1, 1, dtype=torch.long, device="meta")
@@ -2140,7 +2448,7 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
     layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
     activations = layer + len(layers) * c.hidden_size * size if gpu else len(layers) * layer
-    microbatch = cfg.microbatch_tokens * activations + 256 * c.vocab_size * 16  # a chunk of logits: 4 fp32 copies
+    microbatch = cfg.microbatch_tokens * activations + LOGITS_CHUNK[here] * c.vocab_size * 16  # 4 fp32 copies
     N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
     drawing = N * c.vocab_size * 24  # the next token's probabilities: 4 fp32 copies and one fp64
     always = weights * (2 if cfg.kl_coef and not cfg.lora else 1) + (adam if there == here else 0)
@@ -2247,12 +2555,13 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 # What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 LOGS = ("metrics.jsonl", "samples.jsonl")
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
 # What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
-MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models", "show_every",
-              "cache_tokens", "microbatch_tokens", "tracker"}
+MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models",
+              "show_every", "cache_tokens", "microbatch_tokens", "tracker"}
 
 
 def run_folder(cfg: Config) -> Path:
@@ -2275,7 +2584,7 @@ def locked(out: Path):
             if fcntl:  # not on Windows
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out} is in use by the process {file.read() or '(unknown)'}: give another --out")
+            raise UserError(f"{out} is in use by the process {file.read() or 'unknown'}: give another --out")
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
@@ -2292,7 +2601,7 @@ def open_run(cfg: Config, out: Path) -> dict | None:
             raise UserError(f"{out} already holds a run: {way}--overwrite deletes it")
         for name in (cfg.model, cfg.dataset, *held_out_names(cfg)):
             if any(path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents) for path in there):
-                raise UserError(f"--overwrite would delete {name}, which the run is to read: give another --out")
+                raise UserError(f"--overwrite would delete {name}, which is to be read: give another --out")
         return None
     if not saved.is_file():
         raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; --overwrite starts anew")
@@ -2343,7 +2652,8 @@ def fingerprints(run: Run, problems: list[Problem], held_out: dict[str, list[Pro
 
     asked = {name: short([(p.prompt, p.golds) for p in some]) for name, some in held_out.items()}
     weights = [p.flatten()[:4].tolist() for p in run.model.parameters()]
-    return {"training problems": short([(p.prompt, p.golds) for p in problems]), "start model": short(weights)} | asked
+    trained_on = short([(p.prompt, p.golds) for p in problems])
+    return {"training problems": trained_on, "start model": short(weights), **asked}
 
 
 def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
@@ -2354,10 +2664,12 @@ def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     path = out / "checkpoint" / "state.pt"
     path.parent.mkdir(exist_ok=True)
     has_masters = isinstance(run.optimizer, MasterAdamW)
+    previous = vars(replace(run.previous, problems=None))
     state = {"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
              "optimizer_device": cfg.optimizer_device, "step": run.step, "past_xi": run.past_xi,
-             "model": {} if has_masters else trained_weights(run.model), "optimizer": run.optimizer.state_dict(),
-             "window": list(run.tracker.history), "previous": vars(run.previous), "read": run.read,
+             "model": {} if has_masters else trained_weights(run.model),
+             "optimizer": run.optimizer.state_dict(), "window": list(run.tracker.history),
+             "previous": previous, "read": run.read,
              "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}
     try:
         with open(path.with_suffix(".partial"), "wb") as file:
@@ -2367,8 +2679,8 @@ def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
         size = path.with_suffix(".partial").stat().st_size
         path.with_suffix(".partial").unlink()
-        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB ({first_line(error)}); the "
-                        "checkpoint before it is as it was: make room, then --resume")
+        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB "
+                        f"({first_line(error)}); the checkpoint before it is as it was: make room, then --resume")
     os.replace(path.with_suffix(".partial"), path)
     if cfg.keep_models:
         run.model.save_pretrained(out / f"model-{run.step}")
@@ -2382,7 +2694,7 @@ def load_checkpoint(run: Run, state: dict, out: Path) -> None:
     """Bring a fresh `run` to where it was saved, and cut its logs back to there."""
     changed = [name for name in run.read if state["read"].get(name) != run.read[name]]
     if changed:
-        raise UserError(f"--resume goes on with what the run began with, but changed are: {', '.join(changed)}")
+        raise UserError(f"--resume goes on with what a run began with, but changed are: {', '.join(changed)}")
     with explained_as(f"the checkpoint in {out} does not fit; --overwrite starts anew"):
         if isinstance(run.optimizer, MasterAdamW):
             run.optimizer.load_state_dict(state["optimizer"])
@@ -2475,7 +2787,7 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         code, said = 1, f"{first_line(error)} Halve --microbatch-tokens; the last checkpoint is as it was"
     except KeyboardInterrupt as error:
-        said, sign = error.args or ("stopped; the last checkpoint, if there is one, is as it was", signal.SIGINT)
+        said, sign = error.args or ("stopped; the last checkpoint, if any, is as it was", signal.SIGINT)
         code = 128 + sign
     except OSError as error:  # a full disk, say
         code, said = 1, f"{error}; the last checkpoint is as it was"

@@ -60,12 +60,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config,
-    GPT2LMHeadModel, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+    GPT2LMHeadModel, LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 import pipo
 from pipo import (
     BASES, Config, ImprovementTracker, UserError, extract_answer, grade, group_advantages,
-    improvement_rewards, policy_loss, sample, token_logprobs, verify)
+    improvement_rewards, policy_loss, readable, sample, token_logprobs, verify)
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -100,7 +100,7 @@ def iterate(monkeypatch):
         batch = pipo.Batch([[7]] * N, tokens, mask, -mask, torch.zeros(N), texts)
         monkeypatch.setattr(pipo, "sample", lambda *_, **__: batch)
         monkeypatch.setattr(pipo, "update", noted)
-        monkeypatch.setattr(pipo, "check_sampler", lambda *_: None)
+        monkeypatch.setattr(pipo, "settle_behavior", lambda *_: None)
         calls.clear()
         _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1", ("1",), {})] * len(rewards), cfg)
         return batch, row, list(calls)
@@ -226,7 +226,7 @@ def settings(folder, out, **changes):
     return Config(**given | changes)
 
 
-def coin(completion, answer):
+def coin(completion, answer, thinking=False):
     """A grade that looks like chance and depends on the text alone."""
     return float(zlib.crc32(completion.encode()) % 3 == 0), None
 
@@ -706,7 +706,7 @@ def test_the_window_takes_every_mean_once_and_first_verifies_at_step_k_plus_1(it
 @pytest.fixture
 def shuffled(iterate, monkeypatch):
     """shuffled(seed): of each verified step its number, how many xi came before, and which it took."""
-    monkeypatch.setattr(pipo, "grade", lambda text, _: (float(text[7:-1]), None))  # what stands in the box
+    monkeypatch.setattr(pipo, "grade", lambda text, *_: (float(text[7:-1]), None))  # what stands in the box
 
     def all_steps(seed):
         cfg = Config(feedback="shuffled", window=2, lam=0.5, seed=seed)
@@ -856,6 +856,43 @@ def test_minibatches_take_that_many_steps_in_both_updates(folder, tmp_path, grad
     assert len(steps) == taken > 10
 
 
+def test_the_ratio_can_be_against_the_trainers_own_logprobs(tokenizer):
+    """In bf16 sampler and trainer differ by more than GSPO's clip: noise alone clips, before any update."""
+    clipped = {}
+    for behavior in ("sampler", "trainer", "auto"):
+        model = tiny_model().to(torch.bfloat16)
+        cfg = Config(base="gspo", behavior=behavior, max_new_tokens=24)
+        run = pipo.Run(model, tokenizer, Recorder(model), ImprovementTracker(2), step=1)
+        batch = pipo.ask(run, [pipo.Problem("", prompt, "1", ("1",), {}) for prompt in PROMPTS], cfg)
+        coefficients = torch.tensor([[1.0, -1.0] * 4] * 4)
+        clipped[behavior] = pipo.update(model, Recorder(model), batch, coefficients, BASES["gspo"], 0.0, 0.7)
+    assert clipped["sampler"]["clip_fraction"] > 0.1 and clipped["sampler"]["logprob_gap"] > 1e-4
+    assert clipped["trainer"]["clip_fraction"] == 0 and clipped["auto"] == clipped["trainer"]
+
+
+def test_dynamic_sampling_fills_up_with_mixed_groups_and_mu_counts_them_all(folder, tmp_path, monkeypatch):
+    """The released code takes mu over the kept groups: with one right in four it would read 1/2, not 1/8."""
+    asked = []
+
+    def rewards_of(batch, problems, reward=None):
+        asked.append([problem.text for problem in problems])
+        return torch.tensor([[1.0, 0, 0, 0] if problem.text in "bd" else [0.0] * 4 for problem in problems]), {}
+
+    monkeypatch.setattr(pipo, "grade_all", rewards_of)
+    problems = [pipo.Problem(letter, [3 + i], "", ("",), {}) for i, letter in enumerate("abcdef")]
+    cfg = Config(prompts_per_step=2, group_size=4, dynamic_sampling=2, max_new_tokens=8, temperature=1.0)
+    model, tokenizer = tiny_model(), letter_tokenizer()
+    run = pipo.Run(model, tokenizer, Recorder(model), ImprovementTracker(2))
+    batch, row = pipo.iteration(run, problems, cfg)
+    assert asked == [["a", "b"], ["c", "d"]] and [p.text for p in batch.problems] == ["b", "d"]
+    assert row["mu"] == 1/8 and row["zero_signal"] == 0 and batch.rewards.tolist() == [[1, 0, 0, 0]] * 2
+    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
+    assert (again - batch.behavior_logprobs).abs().max() < 1e-4  # rows and their log-probabilities stay together
+    changes = dict(dynamic_sampling=1, steps=3, feedback="constant")
+    monkeypatch.undo()
+    assert len(pipo.train(settings(folder, tmp_path / "run", **changes))) == 3
+
+
 def test_a_second_epoch_takes_a_second_step(folder, tmp_path, graded_by_coin):
     """Guards against one epoch too few, and one whose ratio is taken against the policy after the first."""
     runs = {n: pipo.train(settings(folder, tmp_path / str(n), steps=3, feedback="none", epochs=n))
@@ -971,6 +1008,47 @@ def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperatur
     assert batch.mask.sum(1).unique().numel() > 3 and (batch.behavior_logprobs[batch.mask == 1] < 0).all()
 
 
+def test_sliding_windows_keep_their_own_masks(tokenizer):
+    """A ready mask that shows every token would let a layer with a window see past it: greedy tokens tell."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, eos_token_id=1)
+    plain = AutoModelForCausalLM.from_config(MistralConfig(**sizes, sliding_window=4)).eval()
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation("shared_heads")
+    check_greedy(sample(ours, tokenizer, PROMPTS, 1, 24, temperature=0), plain, PROMPTS, 24)
+
+
+def test_running_out_of_memory_is_tried_again_before_the_room_shrinks(model, tokenizer, monkeypatch):
+    """One fragmented allocation left room for a row at a time, for the rest of the run."""
+    plain, calls = model.forward, []
+
+    def fails_once(ids, **options):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return plain(ids, **options)
+
+    monkeypatch.setattr(model, "forward", fails_once)
+    batch = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=10_000)
+    assert batch.out_of_memory == 1 and batch.cache_tokens == 10_000
+    monkeypatch.setattr(model, "forward", plain)
+    assert torch.equal(batch.tokens, sample(model, tokenizer, PROMPTS, 4, 24, temperature=0).tokens)
+
+
+def test_a_thought_stays_in_the_text_and_unfinished_it_is_no_answer(folder, tmp_path):
+    """Where <think> is a special token it went with the others, and `so 5? wait` was paid for 5."""
+    tokenizer = letter_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    ids = tokenizer("<think>ab</think>c<eos>").input_ids
+    assert pipo.decode(tokenizer, ids) == "<think>ab</think>c"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    opened, = pipo.read_problems([{"problem": "a", "answer": "5"}], tokenizer, Config(instruction=""), "rows")
+    assert opened.thinking
+    batch = SimpleNamespace(texts=[r"so \boxed{5}? wait", r"so</think>\boxed{5}"], tokens=torch.zeros(1))
+    assert pipo.grade_all(batch, [opened])[0].tolist() == [[0.0, 1.0]]
+
+
 def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
     """A stop token outside the loss is never learned; a model with several EOS ids must stop at each."""
     assert pipo.eos_ids(model, tokenizer) == [1, 5, 9]
@@ -1021,7 +1099,7 @@ def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkey
 
     def forward(ids, **options):
         sizes.append(len(ids))
-        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[1] > 100:
+        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[-1] > 100:
             raise torch.OutOfMemoryError
         return plain(ids, **options)
 
@@ -1060,11 +1138,11 @@ def test_the_cache_writes_in_place_and_drops_rows(model):
 # ------------------------------------------------------------------------------------------------------------
 
 EQUAL = r"""
-integers, decimals: 42 = 42.0 | -7 = −7 | 12345 = 12{,}345 | 12345 = 12,\!345 | 1234567 = 1\,234\,567 | 004 = 4
-    | 0.5 = .50 | 0.000001 = 10^{-6} | 4.5e33 = 45\times10^{32} | 3 \cdot 10^8 = 3e8 \text{ m/s}
+integers, decimals: 42 = 42.0 | -7 = −7 | 12345 = 12{,}345 | 12345 = 12,\!345 | 1234567 = 1\,234\,567
+    | 004 = 4 | 0.5 = .50 | 0.000001 = 10^{-6} | 4.5e33 = 45\times10^{32} | 3 \cdot 10^8 = 3e8 \text{ m/s}
     | 1/6 = 0.1\overline{6}
-fractions: \frac34 = \dfrac{6}{8} | 3/4 = 0.75 | \frac{-1}{2} = -\frac12 | \frac72 = 3\frac12 | -\frac72 = -3 1/2
-    | ½ = \tfrac 12
+fractions: \frac34 = \dfrac{6}{8} | 3/4 = 0.75 | \frac{-1}{2} = -\frac12 | \frac72 = 3\frac12
+    | -\frac72 = -3 1/2 | ½ = \tfrac 12
 dress: 40\% = 40 percent | \$1,000 = 1000.00 dollars | 45^\circ = 45 | 5\text{ cm}^2 = 5 square centimeters
     | 5 = \mathbf{5}. | 12 = 12^{\text{th}} | 10 \mbox{ inches} = 10 \text{ in} | 7 = 7 \text{ different ways}
     | 4:30\text{ p.m.} = 4:30 PM
@@ -1089,29 +1167,106 @@ complex: 3+4i = 4i+3 | e^{i\pi/4} = \frac{\sqrt2}2+\frac{\sqrt2}2i | i^2 = -1 | 
 bases, choices, words: 204_5 = 204_{5} | \text{(C)} = C | C = \textbf{(C)}\ 12 | C = C. | \text{even} = Even
     | \text{Ann} = ann. | \text{B, C} = C and B | \text{May 5} = May 5 | \overline{CD} = \overline{CD}
     | \infty = +\infty
+counted things, units: 18 = 18 dollars per day | 18 = 18 miles per hour | 18 = 18 years old | 18 = 18 km/h
+    | 18 = 18 per day | 18 = 18 apples in total | 18 = 18 cookies, since 9*2=18 | 18 = 18 minutes in an hour
+    | 18 = 18\text{ cookies left over} | 7 = 7 red marbles | 48 = 48 students in the class.
+    | 120 = 120\ \mathrm{km}\cdot\mathrm{h}^{-1} | 12 = 12 in | 15 = \$15 per ticket | 5 = 5\text{ N/m}
+    | 5 = 5\ \text{J/K} | 5 = 5\,\Omega | 5 = 5\text{ K} | 1.6e-19 = 1.6\times10^{-19}\ \text{C}
+    | 5 = 5\text{ (cm)} | 5\text{ sq. ft} = 5 square feet | 5\text{ cubic feet} = 5\text{ ft}^3
+    | 5 = 5 \frac{\text{m}}{\text{s}^2} | 5\text{ L} = 5 liters | 20^\circ\text{C} = 20 degrees Celsius
+    | 20^\circ\mathrm{C} = 20^\circ | -\$5 = -5
+number words: 2\text{ million} = 2000000 | \$2.5\text{ million} = 2500000 | 2\text{ fifths} = \frac25
+    | 7\text{ tenths} = 0.7 | 3\text{ quarters} = 0.75 | 2\text{ dozen} = 24
+    | 2\text{ hundred thousand} = 200000
+labels: f^{-1}(x)=2x = 2x | f(g(x))=x^2 = x^2 | (f\circ g)(x)=x^2 = x^2 | \frac{dy}{dx}=3x^2 = 3x^2
+    | m\angle A=60^\circ = 60 | m\angle ABC=60^\circ = \angle ABC=60 | \overline{AB}=4 = 4 | \max=3 = 3
+    | |AB|=5 = 5 | P(A\cap B)=\frac15 = 0.2 | \text{Area of the triangle: }12 = 12 | y''=2 = 2
+named values: (x,y)=(3,4) = x=3, y=4 | (x,y)=(3,4) = y=4\text{ and }x=3 | (x,y,z)=(1,2,3) = x=1, y=2, z=3
+    | x_{1}=2, x_{2}=3 = x=2\text{ or }x=3 | x_1=3, x_2=2 = x_{1}=2, x_{2}=3 | x_{1,2}=\pm3 = x=3, x=-3
+choices: BCD = B, C, D | BCD = B C D | BCD = B、C、D | BCD = D, C and B | BCD = (B), (C), (D) | C = C)
+    | A = \text{Option A} | A = Choice (A) | ①③ = ③, ① | D = \textbf{(D)}\ 17
+sets of reals: \{x \mid x>2\} = (2,\infty) | \{x : x>2\} = x>2 | \{x \in \mathbb{R}|-1\le x<3\} = [-1,3)
+    | \mathbb R\setminus\{1\} = (-\infty,1)\cup(1,\infty) | \mathbb{R}\setminus\{1\} = x\ne1
+    | 0<x<2, x\ne1 = (0,1)\cup(1,2) | |x|>2 = x<-2\text{ or }x>2 | |x-1|\le3 = [-2,4]
+    | |x|\le\sqrt2 = [-\sqrt2,\sqrt2] | \{x : |x|>2\} = |x|>2 | ]1,2[ = (1,2) | ]-\infty,2] = x\le2
+    | (0,1]\cup[1,2) = (0,2) | (0,1)\cup\{1\}\cup(1,2) = (0,2) | (1,3)\setminus\{2\} = (1,2)\cup(2,3)
+    | [0,4]\cap[2,6] = [2,4] | \text{all real numbers except }1 = x\ne1
+    | x\ne1, x\ne2 = \mathbb{R}\setminus\{1,2\} | (0,1+\sqrt5)\cup(7,8) = (7,8)\cup(0,\sqrt{6+2\sqrt5})
+congruences: x\equiv 3\pmod 7 = x\equiv 3\pmod{7} | x\equiv 3\pmod 7 = x\equiv 3 \mod 7
+    | x\equiv 3\pmod 7 = x\equiv 10\ (\text{mod } 7) | x\equiv 3\pmod 7 = x\equiv-4\pmod7
+    | x\equiv 3\pmod 7 = 3 | 9 = 9\pmod{11}
+parameters: x=k\pi, k\in\mathbb Z = x=k\pi\ (k\in\mathbb{Z})
+    | x=k\pi, k\in\mathbb Z = x=k\pi \text{ for } k\in\mathbb Z
+    | x=k\pi, k\in\mathbb Z = x=\pi k\text{, where }k\text{ is an integer}
+    | x=k\pi, k\in\mathbb Z = k\pi\text{ for any integer }k | f(x)=0 = f(x)=0\text{ for all }x
+    | f(x)=2x = f(x)=2x\ \forall x\in\mathbb{R}
+zeros: 0 = \sin\pi | 0 = \ln 1 | 0 = \sqrt2-\sqrt2 | 0 = \tan0 | 1 = e^0 | \cos x = \cos x+\sin\pi
+wording: \text{parabola} = a parabola | \text{No solution} = No solutions | \text{June 20} = 20 June
+    | 495 = \text{The answer is }495 | 5 = 5\text{, as desired} | 5 = 5\ \blacksquare
+    | 5 = \text{There are }5\text{ ways} | 5 = \text{exactly }5
+notation: {10\choose 3} = 120 | 7!! = 105 | 0.\dot{3} = \frac13 | 0.\dot1\dot2 = \frac{4}{33}
+    | 45^\circ30' = 45.5^\circ | 2\operatorname{cis}60^\circ = 1+\sqrt3i | 1001_{\text{two}} = 1001_2
+    | A5_{16} = a5_{16} | {-}7 = -7 | 11{:}00 = 11:00 | 3 x 10^8 = 3e8 | \sqrt2\approx1.41 = \sqrt2
+    | x\approx3.2 = 3.2
 """
 UNEQUAL = r"""
-near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979 | 10000001 = 10000000
-    | 13.1 = 1.31 | 123456789012345678 = 123456789012345679 | \sqrt2 = \sqrt2+10^{-40} | 2.7e-6 = 2.7 | \frac34 = 3
-    | 0 = 10^{-300} | 0 = \sin(10^{-200})
-signs, elements, order: 5 = -5 | 2-\sqrt3 = 2+\sqrt3 | 3-4i = 3+4i | (1,2) = (2,1) | 1,2,3 = 1,2 | 5 = 5,6 | \pm2 = 2
-    | 3:4 = 4:3 | (1,2) = \{1,2\} | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix}
-    | 2^{10} = 10^2 | [-36,104] = -36104
+near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979
+    | 10000001 = 10000000 | 13.1 = 1.31 | 123456789012345678 = 123456789012345679 | \sqrt2 = \sqrt2+10^{-40}
+    | 2.7e-6 = 2.7 | \frac34 = 3 | 0 = 10^{-300} | 0 = \sin(10^{-200})
+signs, elements, order: 5 = -5 | 2-\sqrt3 = 2+\sqrt3 | 3-4i = 3+4i | (1,2) = (2,1) | 1,2,3 = 1,2 | 5 = 5,6
+    | \pm2 = 2 | 3:4 = 4:3 | (1,2) = \{1,2\}
+    | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix} | 2^{10} = 10^2 | [-36,104] = -36104
 hedges: 41 = 41 \text{ or } 43 | 41 = 41 or 43 | 41 = 41\text{ (or 43)} | 41 = 41\text{ not }43 | 41 = 41=43
     | 43 = 41=43 | 41 = 41|43 | 41 = 41\text{ possibly forty} | 41 = 41\lor43 | 41 = \{41,43\} | 41 = 41\pm2
     | 41 = 41;43 | 41 = 41\quad43 | 41 = 41 \\ 43 | A = (A) 5 or (B) 6
-brackets: (0,9) = [0,9) | [0,1] = [0,1]\cup[2,3] | x>5 = x\ge5 | (2,3) = x>2\text{ or }x<3 | x>5 = y>5 | x>1 = x<1
-functions: |x| = x | \ln|x| = \ln x | \sin^{-1}x = \frac1{\sin x} | \tan 2x = 2\tan x | (x^2-1)^3 = (x^3-1)(x^3+1)
-    | x = X | f(2)<f(1) = f(1)<f(4) | \lfloor n/2\rfloor = \lceil n/2\rceil | 1 = \sin^2x
+brackets: (0,9) = [0,9) | [0,1] = [0,1]\cup[2,3] | x>5 = x\ge5 | (2,3) = x>2\text{ or }x<3 | x>5 = y>5
+    | x>1 = x<1
+functions: |x| = x | \ln|x| = \ln x | \sin^{-1}x = \frac1{\sin x} | \tan 2x = 2\tan x
+    | (x^2-1)^3 = (x^3-1)(x^3+1) | x = X | f(2)<f(1) = f(1)<f(4) | \lfloor n/2\rfloor = \lceil n/2\rceil
+    | 1 = \sin^2x
 equations: 2x+z=1 = 1 | x=5 = y=5 | y^2=4x = y^2=-4x | 5 = x>5 | 5 = x=6 | e=5 = e=6
-dress: 5\text{ cm} = 5\text{ m} | 5\text{ cm} = 5\text{ cm}^2 | \$5 = 5 cents | 50\% = 0.5 | 2 = 2\text{ million}
-    | 1,234 = 1.234 | 2 = 2lwh | 6 = 6xyzw | 5\text{ m} = 5\text{ ms}
+dress: 5\text{ cm} = 5\text{ m} | 5\text{ cm} = 5\text{ cm}^2 | \$5 = 5 cents | 50\% = 0.5
+    | 2 = 2\text{ million} | 1,234 = 1.234 | 2 = 2lwh | 6 = 6xyzw | 5\text{ m} = 5\text{ ms}
     | x<1\text{ or }x>2 = x<1\text{ or }y>2 | (0,1)\cup(2,3) = x\in(0,1), y\in(2,3)
 bases, words: 204_5 = 204 | 204_5 = 54 | 204_5 = 204_6 | seat = east | \text{no} = on | C = D
     | \text{even} = \text{even or odd} | \overline{CD} = \overline{DC} | \angle ABC = \angle ACB | HHT = THH
     | 21\text{st} = 22\text{nd}
-never equal: nan = nan | 1/0 = 1/0 | \frac00 = 0 | \log 0 = \log 0 | \tan 90^\circ = \tan 90^\circ | \infty-\infty = 0
-    | 5,7 = 5,1/0 | 7?8 = 7 | 5^ = 5 | \zoo = 5
+never equal: nan = nan | 1/0 = 1/0 | \frac00 = 0 | \log 0 = \log 0 | \tan 90^\circ = \tan 90^\circ
+    | \infty-\infty = 0 | 5,7 = 5,1/0 | 7?8 = 7 | 5^ = 5 | \zoo = 5
+no zeros: 0 = e^{-1000} | 0 = \exp(-1000) | 0 = 2^{-\sqrt{10^6}} | 0 = e^{-\sqrt{10^6}}
+    | 0 = (\sqrt2\cdot10^{-80})^2
+changed values: 2 = 2\text{ fifths} | 5 = 5\text{ tenths} | 5 = 5\text{ halves} | 5 = 5\text{ thirds}
+    | 5 = 5\text{ quarters} | 5 = 5\text{ squared} | 5 = 5\text{ cubed} | 5 = 5\text{ factorial}
+    | 5 = 5\text{ point five} | 3 = 3\text{k} | 3 = 3\text{ lakh} | 3 = 3\text{ crore} | 3 = 3\text{ score}
+    | 3 = 3\text{ gross} | 3 = 3\text{ ten} | 3 = 3 degrees below zero | 3 = 3\text{ dozen}
+    | 3 = 3\text{ per thousand} | 3 = 3\text{ and a half} | 3 = 3\text{ to the fifth} | 3 = 3\text{ doubled}
+    | 3 = 3\text{ thirteenths} | 3 = \text{half of }3 | 3 = \text{at least }3 | 3 = 3\text{ minus one}
+    | 2\text{ million} = 2\text{ billion}
+approximations: 5 = 5\approx6 | 6 = 5\approx6 | 3.14 = \pi\approx3.14 | 5 = 5.2\approx5 | 5 = \text{about }5
+more units: 20^\circ\mathrm{C} = 20^\circ\mathrm{F} | 5\text{ N} = 5\text{ J} | 5\text{ N} = 5\text{ N/m}
+    | 5\text{ m/s} = 5\text{ m/s}^2 | 5\text{ sq ft} = 5\text{ ft}
+    | 5\text{ dollars per day} = 5\text{ dollars per hour} | 5 = 5x | 5k = 5 | x^2 = x^{2}C
+more hedges: 18 = 18 or 19 apples | 18 = 18 apples or 19 | 18 = 18 apples or more | 5 = 5\text{ but not }6
+    | 5 = \text{The answer is not }5 | 5 = \text{The answer is either }5\text{ or }6
+    | 5 = 5, or 6 since both work | 1,2,3 = 1,2,3,\ldots | 5 = \text{between }4\text{ and }5 | 5 = 5\to6
+labels, names: f^{-1}(x)=2x = f^{-1}(x)=3x | \angle A=60 = \angle B=60 | \overline{AB}=4 = \overline{CD}=4
+    | \frac{dy}{dx}=3 = \frac{dx}{dy}=3 | (x,y)=(3,4) = x=4, y=3 | (x,y)=(3,4) = (4,3) | (x,y)=(3,4) = x=3
+    | (x,y)=(3,4) = x=3, z=4 | x_{1}=2, x_{2}=3 = x_1=2 | x_{1}=2, x_{2}=3 = x=2, y=3
+more choices: BCD = B, C | BCD = B, C, D, E | BCD = BCE | A = Option B | ①③ = ①② | A = \text{not A}
+    | A = A or B | A = A: yes, B: no
+more sets: \{x \mid x>2\} = [2,\infty) | \mathbb R\setminus\{1\} = \mathbb{R}
+    | \mathbb R\setminus\{1\} = \mathbb R\setminus\{2\} | |x|>2 = |x|\ge2 | |x|>2 = x>2 | |x-1|<3 = |x+1|<3
+    | (-1,2) = 1+|x|<2 | ]1,2[ = [1,2] | (0,1)\cup(1,2) = (0,2) | 0<x<2, x\ne1 = 0<x<2
+    | (0,1)\cup(1,2) = (0,1]\cup(1,2) | x<-2\text{ and }x>2 = |x|>2
+    | (0,\sqrt2)\cup(3,4) = (0,1.41421356237)\cup(3,4)
+more congruences: x\equiv 3\pmod 7 = x\equiv 3\pmod 5 | x\equiv 3\pmod 7 = x\equiv 4\pmod 7 | 9 = 8\pmod{11}
+more parameters: x=k\pi, k\in\mathbb Z = x=2k\pi, k\in\mathbb Z
+    | x=k\pi, k\in\mathbb Z = x=k\pi, k\in\mathbb N | f(x)=0 = f(x)=0\text{ for }x>0
+more words: \text{a parabola} = \text{an ellipse} | \text{No solutions} = \text{two solutions}
+    | \text{June 20} = 20 July | \text{June 20} = 20 | \text{convergent} = \text{divergent}
+more notation: {10\choose 3} = {10\choose 4} | 7!! = 5040 | 0.\dot{3} = 0.3 | 45^\circ30' = 45.3^\circ
+    | 1001_{\text{two}} = 1001 | A5_{16} = A6_{16} | 11{:}00 = 11 | 3 x 10^8 = 3 | {-}7 = 7
+    | \operatorname{cis}60^\circ = \operatorname{cis}30^\circ
 """
 
 
@@ -1167,11 +1322,49 @@ def test_unequal_answers(a, b):
         ("The final answer is: 12", "12"),
         ("The answer is C<|im_end|>", "C"),
         ("It is 5. We get 7", None),
+        ("<answer>18</answer>", "18"),
+        ("<answer>17</answer>, no: <answer> 18 </answer>", "18"),
+        (r"<answer>17</answer> \boxed{18}", "18"),
+        ("#### 17\n<answer>18</answer>", "18"),
+        ("<think><answer>17</answer></think>", None),
     ],
 )
 def test_extraction(text, answer):
     """Paying for an earlier box, for a thought, or for the last number in the text teaches not to answer."""
     assert extract_answer(text) == answer
+
+
+def test_a_thought_that_the_prompt_opened():
+    """Where the chat template opens the thought, a completion that never closes it was paid for a draft."""
+    assert extract_answer(r"Perhaps \boxed{5}", thinking=True) is None
+    assert grade(r"Perhaps \boxed{5}", "5", thinking=True) == (0.0, "no_answer")
+    assert verify(r"Perhaps \boxed{5}", "5") == 1.0
+    assert verify(r"Perhaps \boxed{5}</think> It is \boxed{6}.", "6", thinking=True) == 1.0
+    assert extract_answer(r"</think> \boxed{6} <think> or \boxed{7}", thinking=True) == "6"
+
+
+def test_units_that_are_letters():
+    """Behind a number a letter is a unit, but 2N is no 2 where N is a variable of the answer."""
+    assert score("200 K", "200") == score("5 N", r"5\text{ newtons}") == 1.0
+    assert score(r"3\times10^8 m/s", "3e8") == score(r"3\times10^8 m/s", r"3\times10^8\text{ m/s}") == 1.0
+    assert score("2N", "2N") == 1.0
+    assert score("2", "2N") == score("2N", "3N") == score("2x", "2") == score("2N^2+N", "2") == 0.0
+
+
+SENTENCES = "18 apples in total", "18 dollars per day.", "18 km/h", "$18$ cookies", "18 years old", "18 kg"
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_prose_without_a_box(text):
+    """Base models answer in sentences; a sentence that changes the number is no answer."""
+    assert verify(f"The answer is {text}", "18") == verify(f"**Answer:** {text}", "18") == 1.0
+    assert verify(f"The answer is {text}", "19") == 0.0
+    for hedge in ("or 19", "tenths", "squared", "thousand", "and a half", "to 20", "point five"):
+        assert verify(f"The answer is 18 {hedge}", "18") == verify(f"Answer: 18 {hedge} apples", "18") == 0.0
+        assert verify(f"The answer is $18$ {hedge}.", "18") == 0.0
+    assert verify("The answer is $18$, or $19$.", "18") == 0.0
+    assert verify("The answer is $18$, which is even.\nGood.", "18") == 1.0
+    assert verify("The answer is\n$$\n18\n$$\nor so I hope.", "18") == 1.0
 
 
 def test_gold_forms_and_causes():
@@ -1181,6 +1374,15 @@ def test_gold_forms_and_causes():
     texts = "", r"\boxed{5}", r"\boxed{6}", r"\boxed{5+}", r"\boxed{%s}" % ("7" * 2000)
     causes = "no_answer", None, None, "unparsed", "too_big"
     assert [grade(text, "5") for text in texts] == list(zip((0.0, 1.0, 0.0, 0.0, 0.0), causes))
+
+
+def test_golds_that_cannot_be_read_are_told():
+    """A data set whose golds cannot be read trains on text comparison, unnoticed."""
+    for gold in ("5", r"\frac12", "x=2,3", r"\text{even}", r"so $\boxed{7}$", "#### 7", r"x\equiv3\pmod7"):
+        assert readable(gold), gold
+    for gold in ("", "???", "5+", r"\sqrt{", "#### ", r"\boxed{}", "9" * 2000):
+        assert not readable(gold), gold
+    assert score("???", "???") == 1.0 and score("7", "???") == 0.0
 
 
 HOSTILE = [
@@ -1235,50 +1437,92 @@ HOSTILE = [
     r"\input{/etc/passwd}",
     "x.__class__",
     "lambda: 0",
+    r"\{x|" * 300,
+    "|x|" * 400,
+    r"\text{a} " * 180,
+    r"\text{million} " * 90,
+    "A B " * 24 + "!",
+    "B " * 700,
+    "x'" * 700,
+    "f(x)=" * 250 + "1",
+    "x<" * 500 + "1",
+    r"x\ne1," * 150 + r"x\ne2",
+    r"(0,1)\cup" * 150 + "(1,2)",
+    r"\{1,2\}\setminus" * 90 + r"\{1\}",
+    r"1\pmod7" * 180,
+    r"1\approx" * 180 + "1",
+    "June 20 " * 180,
+    r"\begin{pmatrix}" * 90,
+    "1.\\overline{" + "3" * 1000 + "}",
+    "1°2'" * 300,
+    r"\$1" * 400,
+    "7!!" * 460,
+    r"\{-\}" * 300,
 ]
 
 
 def hammer():
-    """All hostile inputs as answer, as gold and as both; the longest call in seconds of this thread's CPU time."""
+    """All hostile inputs as answer, as gold and as both; the longest call in seconds of this thread."""
     longest = 0.0
     for text in HOSTILE:
         box = r"\boxed{%s}" % text
-        for completion, gold in ((box, "55"), (r"\boxed{55}", text), (text, text), (text * 9, "55"), (box, text)):
+        pairs = (box, "55"), (r"\boxed{55}", text), (text, text), (text * 9, "55"), (box, text)
+        for completion, gold in pairs:
             start = time.thread_time()
             assert grade(completion, gold)[0] in ((0.0, 1.0) if gold == text else (0.0,)), text
             longest = max(longest, time.thread_time() - start)
+        readable(text)
     return longest
 
 
 def test_hostile_inputs():
-    """A tower of powers must not stop the run, nor may anything be executed, raised, or left changed."""
+    """A tower of powers must not stop the run, nor may anything be executed, raised, or left changed.
+
+    CPU time is bounded, not the clock on the wall: a busy machine is no bug.
+    """
 
     def state():
         limits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
         return mpmath.mp.dps, getcontext().prec, limits, random.getstate(), threading.active_count()
 
     before, times = state(), [hammer()]
-    threads = [threading.Thread(target=lambda: times.append(hammer())) for _ in range(2)]  # signals would fail here
+    threads = [threading.Thread(target=lambda: times.append(hammer())) for _ in range(2)]  # no signals there
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(times) == 3 and max(times) < 2.0  # a tenth of that and less; of CPU time, as neighbours take the wall clock's
+    assert len(times) == 3 and times[0] < 1.0  # a tenth of that on an idle machine
     assert before == state()
 
 
+def test_the_work_is_bounded_by_its_count(monkeypatch):
+    """Without the budget a list of 700 items, or a set built of 150 intervals, would take seconds."""
+    pairs = [(",".join("x" * 700), ",".join("x" * 699) + ",y"), ("x^2+" * 360 + "2", "x^2+" * 360 + "3"),
+             (r"(0,1)\cup" * 150 + "(1,2)", r"(0,1)\cup" * 150 + "(1,3)")]
+    for a, b in pairs:
+        assert score(a, b) == 0.0
+        monkeypatch.setattr(pipo, "MAX_COST", 10)
+        assert grade(r"\boxed{%s}" % a, b) == (0.0, "too_big")
+        monkeypatch.undo()
+
+
 def test_random_texts():
-    """Nothing raises, whatever the bytes or the order of the commands; a long text costs no more than its length."""
+    """Nothing raises, whatever the order of the commands; a long text costs no more than its length."""
     rng = random.Random(0)
-    parts = r"""\frac \sqrt \sin \log_ ^ _ { } ( ) [ ] \{ \} | ! \pm , = < \le \cup \infty 1 23 0.5 x \pi e i % $ \\ & °
-        ½ \text{ \text{or} \begin{pmatrix} \end{pmatrix} \boxed{ #### <think> </think> answer is""".split()
-    for _ in range(1500):
+    parts = r"""\frac \sqrt \sin \log_ ^ _ { } ( ) [ ] \{ \} | ! \pm , = < \le \cup \infty 1 23 0.5 x \pi e i
+        % $ \\ & ° ½ \text{ \text{or} \begin{pmatrix} \end{pmatrix} \boxed{ #### <think> </think> answer is
+        \in \pmod \mathbb{R} \approx \ne \setminus \mid : ; \dot \overline ' \text{million} k\in\mathbb{Z}
+        x_1= (x,y)= \cis \choose !! \over _{16} A5 \exp \gcd \lfloor \rfloor |x|> \text{K} \Omega \equiv f(x)=
+        \angle \forall June ① \text{since}""".split()
+    for _ in range(2000):
         a, b = ("".join(rng.choices(parts, k=rng.randrange(1, 25))) for _ in range(2))
         assert grade(a, b)[0] in (0.0, 1.0) and score(a, b) in (0.0, 1.0)
-    for text in (r"\boxed{", "#### ", "<think>", "</think>", "answer is ", "$", "\n", "\\", "{", "}", r"\boxed{{}"):
+        assert readable(a) in (True, False)
+    starts = r"\boxed{", "#### ", "<think>", "</think>", "<answer>", "answer is ", "$", "\n", "\\", "{", "}"
+    for text in starts:
         start = time.thread_time()
         grade(text * (1_000_000 // len(text)), "5")
-        assert time.thread_time() - start < 2.0, text
+        assert time.thread_time() - start < 1.0, text
 
 
 def expression(rng, depth):
@@ -1312,6 +1556,11 @@ def test_random_rewritings():
         assert score(a, f"{b}+{rng.choice(['1', '0.001', '10^{-9}', 'x'])}") == 0.0, (a, b)
         assert score(f"({a}, 1)", f"({b}, 1)") == score(f"{a}=7x^3", f"14x^3=2({b})") == 1.0, (a, b)
         assert score(f"({a}, 1)", f"(1, {b})") == score(a, "1"), (a, b)
+        label = rng.choice(["h(t)", "f^{-1}(x)", r"(f\circ g)(x)", r"\frac{dy}{dx}", r"\overline{AB}"])
+        assert score(f"{label}={a}", b) == score(f"{label}={a}", f"{label}={b}") == 1.0, (label, a, b)
+        assert score(f"(p,q)=({a},{b})", f"q={a}, p={b}") == 1.0, (a, b)
+        tail = rng.choice([r"\text{ for all }x", r"\text{, as desired}", r"\blacksquare", r"\text{ since }1"])
+        assert score(a + tail, b) == score(rf"\text{{The answer is }}{a}", b) == 1.0, (tail, a, b)
 
 
 def test_random_numbers():
@@ -1319,9 +1568,34 @@ def test_random_numbers():
     rng = random.Random(2)
     for _ in range(200):
         p, q, k = rng.randrange(1, 10**6), rng.randrange(2, 999), rng.randrange(2, 9)
-        assert score(rf"\frac{{{p}}}{{{q}}}", rf"\dfrac{{{k * p}}}{{{k * q}}}") == score(f"{p:,}", str(p)) == 1.0
+        assert score(rf"\frac{{{p}}}{{{q}}}", rf"\dfrac{{{k * p}}}{{{k * q}}}") == 1.0
+        assert score(f"{p:,}", str(p)) == 1.0
         assert score(rf"\frac{{{p}}}{{{q}}}", f"{p + 1}/{q}") == score(f"{p:,}", str(p + 1)) == 0.0
         assert score(f"{p}/{q}", f"-{p}/-{q}") == 1.0 and score(f"{p}.001", f"{p}.002") == 0.0
+        word, worth = rng.choice([("thousand", 1000), ("million", 10**6), ("dozen", 12), ("hundred", 100)])
+        assert score(rf"{p}\text{{ {word} }}", str(p * worth)) == score(f"{p} {word}", f"{p * worth}") == 1.0
+        assert score(rf"{p}\text{{ {word} }}", str(p)) == score(rf"{p}\text{{ a {word} }}", str(p)) == 0.0
+        assert score(rf"x\equiv{p}\pmod{{{q}}}", rf"{p + k * q}\ (\text{{mod }}{q})") == 1.0
+        assert score(rf"x\equiv{p}\pmod{{{q}}}", rf"{p + 1}\ (\text{{mod }}{q})") == 0.0
+
+
+def test_random_sets_of_reals():
+    """The same set as intervals, inequalities, differences or set-builder; another bracket is another set."""
+    rng = random.Random(3)
+    for _ in range(100):
+        a, b, c = sorted(rng.sample(range(-20, 20), 3))
+        union = rf"({a},{b})\cup({b},{c}]"
+        ways = [
+            rf"({a},{c}]\setminus\{{{b}\}}",
+            rf"{a}<x\le{c}, x\ne{b}",
+            rf"\{{x\mid {a}<x<{b}\text{{ or }}{b}<x\le{c}\}}",
+            rf"x\in]{a},{b}[\cup]{b},{c}]",
+            rf"({b},{c}]\cup({a},{b})",
+            rf"{-c}\le-x<{-a}\text{{ and }}2x\ne{2 * b}",
+        ]
+        for way in ways:
+            assert score(way, union) == score(union, way) == 1.0, (way, union)
+            assert score(way, rf"({a},{c}]") == score(way, rf"({a},{b})\cup({b},{c})") == 0.0, (way, union)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1855,7 +2129,7 @@ def test_heads_whose_values_have_another_size(tokenizer, tmp_path):
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(folder, tmp_path):
     """An index out of range in the middle of a run, or a CUDA assert that names nothing."""
     larger = in_folder(tiny_model(), tmp_path / "model", letter_tokenizer(LETTERS + "ABCDE"))
-    refused(folder, tmp_path / "run", "has the token 32, for which the model has no embedding", model=str(larger))
+    refused(folder, tmp_path / "run", "has a token 32, but the model no embedding for it", model=str(larger))
 
 
 @pytest.mark.parametrize("name, content", [
@@ -2079,6 +2353,17 @@ def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
         with pytest.raises(UserError, match=sentence):
             plan(gpu, host, **changes)
     assert plan(24, 32, lora=16)[0].cache_tokens > 40_000  # a 24 GB card trains adapters
+
+
+def test_free_memory_heeds_the_limits_of_a_container(tmp_path, monkeypatch):
+    """The host's table alone is wrong in a container, and the run is killed."""
+    monkeypatch.setattr(pipo, "CGROUP", tmp_path)
+    host = pipo.free_memory("cpu")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert abs(pipo.free_memory("cpu") - host) < 2**30
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert pipo.free_memory("cpu") == 2_000_000
 
 
 # ------------------------------------------------------------------------------------------------------------
