@@ -2263,13 +2263,16 @@ def load_config(path: str):
     return config
 
 
+DATA_ROPES = ("longrope", "dynamic")  # ways to turn positions that depend on how long the text is
+
+
 def check_positions(path: str, longest: int) -> None:
     """Refuse a model whose positions `longest` tokens would break; warn where they are only beyond its training."""
     config = load_config(path).get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for rope in (ropes, *ropes.values()):  # one for all layers, or one a kind of layer
-        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+        if isinstance(rope, dict) and rope.get("rope_type") in DATA_ROPES:
             limit = min(limit, rope.get("original_max_position_embeddings") or limit)
             if longest > limit:
                 raise UserError(f"{path} turns positions otherwise beyond {limit:,} tokens, which the cache "
@@ -2439,7 +2442,7 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
 
     for module in shapes.modules():  # some positions cannot be computed without data; here they do not matter
-        if hasattr(module, "rope_type"):
+        if getattr(module, "rope_type", None) in DATA_ROPES:
             module.rope_type = "default"
     one_token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     with torch.no_grad():  # what it leaves in the cache
