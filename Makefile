@@ -3,16 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
-.PHONY: help run test test-trl bench mutants experiment figures plot clean
+TORCH ?= torch
+.PHONY: help run test test-newest test-trl bench mutants experiment figures plot clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an earlier demo run is replaced)
 	$(BIN)/python pipo.py --overwrite $(ARGS)
 
 test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
 	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
+
+test-newest: ## the tests with the newest torch and transformers, in .venv-newest (TORCH=torch==... pins one)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q -U $(TORCH) transformers datasets sympy peft pytest matplotlib
+	.venv-newest/bin/python -m pytest -q test_pipo.py $(ARGS)
 
 test-trl: .venv/.trl ## assets/pipo_trl.py on TRL, in one process and in two, and assets/bench.py at a tiny size
 	$(BIN)/python -m pytest -q assets/test_pipo_trl.py assets/test_bench.py $(ARGS)
@@ -35,7 +41,7 @@ plot: .venv/.installed ## curves of your own runs: make plot RUNS="runs/a runs/b
 	$(BIN)/python assets/experiment.py plot $(RUNS)
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv __pycache__ .pytest_cache
+	rm -rf .venv .venv-newest __pycache__ .pytest_cache
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pipo needs Python 3.10 or newer")'

@@ -2850,6 +2850,21 @@ def experiment(*arguments):
     return subprocess.run(**own_process("assets/experiment.py", *arguments))
 
 
+def test_the_readmes_reward_for_countdown(folder, tmp_path):
+    """Each number once, no power towers to hang on, nothing but arithmetic is evaluated; and a run takes it."""
+    block, = (b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "def score" in b)
+    (tmp_path / "countdown.py").write_text(block)
+    score, row = pipo.load_reward(f"{tmp_path}/countdown.py:score"), {"numbers": [2, 3, 4], "target": 24}
+    assert [score(rf"so \boxed{{{sum_}}}", "", row) for sum_ in ("2*3*4", "(4*3)*2", "4*3 / (1/2)")] == [1, 1, 0]
+    for wrong in ("2*12", "2**3*4", "2*3+4", "2 3 4", "2//3*4", "4*3*2)", "4/(3-3)", "__import__('os')"):
+        assert score(rf"\boxed{{{wrong}}}", "", row) == 0.0
+    rows = [{"problem": letters, "numbers": [1, 2], "target": 3} for letters in ("ab", "cd", "ef", "gh")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = settings(folder, tmp_path / "run", dataset=str(tmp_path / "train.jsonl"), steps=1,
+                   reward=f"{tmp_path}/countdown.py:score")
+    assert pipo.train(cfg)[0]["mu"] == 0.0
+
+
 def test_the_readme_commands_parse():
     """README and code drift apart: every command shown must be one that the program takes."""
     commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", README.read_text(), flags=re.MULTILINE)
