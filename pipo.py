@@ -16,7 +16,9 @@ batch of step t, A_i the GRPO advantage of its sample i, K the length of the win
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. There is no verification
+So a batch after which the reward rose is stepped on once more, further the same way, and one after which it
+fell a little (lam) back. mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}.
+Both steps share one optimizer; each ratio is against the policy that sampled its batch. There is no verification
 step while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and
 where no group of B_{t-1} is mixed. In names of settings and metrics it is `pi_`, for policy improvement.
 
@@ -46,10 +48,12 @@ models, rate schedules, dropout.
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import operator
@@ -71,24 +75,17 @@ from collections import Counter, deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cmp_to_key, partial
+from functools import cmp_to_key, partial, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # Or the GPU's memory breaks into pieces.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-if __name__ == "__main__":  # Ctrl-C while the libraries load, for many seconds, is no reason for a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback while the libraries load
 
 import datasets
-# mpmath alone, without sympy: to compare two of sympy's sets takes 1 to 4 ms (ours 0.1 ms), and it holds equal
-# endpoints that are written differently, sqrt(6 + 2 sqrt(5)) and 1 + sqrt(5), for different ones.
 # mpmath alone, without sympy: to build and compare two of sympy's sets takes 1 to 4 ms (ours 0.3 ms),
 # and to it endpoints are only equal if written alike: sqrt(6 + 2 sqrt(5)) and 1 + sqrt(5) are not.
 import mpmath
@@ -115,6 +112,24 @@ class UserError(Exception):
     """Something the user can put right: shown as one sentence, exit code 2."""
 
 
+def cause_of(error: BaseException) -> str:
+    """An error in one line; where it only says that there was another, that one."""
+    while str(error) == "An error occurred while generating the dataset" and error.__cause__:
+        error = error.__cause__
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+@contextmanager
+def explained_as(what: str):
+    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {cause_of(error)}")
+
+
 BOUNDS = {  # what a number must be; none of them takes nan or an infinity
     "above 0": lambda x: 0 < x < math.inf,
     "0 or more": lambda x: 0 <= x < math.inf,
@@ -122,7 +137,7 @@ BOUNDS = {  # what a number must be; none of them takes nan or an infinity
     "in [0, 1]": lambda x: 0 <= x <= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
-    "finite": math.isfinite,
+    "finite": lambda x: -math.inf < x < math.inf,
 }
 
 
@@ -144,7 +159,7 @@ class Config:
     system: str = option("", "system message, put in front of prompts that have none")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "put behind a problem that has no \\boxed in it, not behind messages", demo="")
-    warm_start: float = option(0.25, "demo: share of problems that its warm start teaches", "in [0, 1)")
+    warm_start: float = option(0.25, "demo: its warm start ends at this share of solved ones", "in [0, 1)")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", "above 0")
     # sampling
@@ -159,14 +174,13 @@ class Config:
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)", "in [0, 1)")
     clip_high: float = option(None, "upper clip of the ratio (default: the base's own)", "0 or more")
-    kl_coef: float = option(0.0, "weight of the KL to the starting model in the exploration step (above 0, "
-                            "without --lora, that model is kept in memory too)", "0 or more")
+    kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", "0 or more")
     behavior: str = option("auto", "whose log-probabilities the ratio is against (auto: the sampler's; for "
                            "gspo in bfloat16 the trainer's)", choices=("auto", "sampler", "trainer"))
     dynamic_sampling: int = option(0, "DAPO's: rounds of prompts until all groups are mixed", "0 or more")
     # the feedback (verification step)
-    feedback: str = option("pipo", "what scales the verification step: phi(xi); none: no such "
-                           "step; --constant; an earlier xi's", choices=("pipo", "none", "constant", "shuffled"))
+    feedback: str = option("pipo", "what scales the verification step: phi(xi); none: no such step; "
+                           "--constant; an earlier xi's", choices=("pipo", "none", "constant", "shuffled"))
     window: int = option(8, "K, past mean rewards that the present one is held against", "at least 2")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", "in [0, 1]")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
@@ -195,11 +209,10 @@ class Config:
     overwrite: bool = option(False, "delete the run that is in --out")
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", "0 or more", demo=20)
     eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", "above 0")
-    eval_temperature: float = option(None, "temperature of evaluation (default: --temperature)", "above 0")
+    eval_temperature: float = option(None, "of evaluation; 0 is greedy (default: --temperature)", "0 or more")
     eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
-    save_every: int = option(None, "steps between checkpoints, 0 for none at all (default: 10, above a "
-                             "billion parameters 50)", "0 or more", demo=20)
+    save_every: int = option(None, "steps between saves, 0: none (default: 10, 1B+ 50)", "0 or more", demo=20)
     save_minutes: float = option(30.0, "minutes after which a checkpoint is saved in any case", "above 0")
     keep_models: int = option(0, "keep the last so many checkpoints' models as model-<step>/", "0 or more")
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
@@ -207,7 +220,7 @@ class Config:
 
 
 # The headings of --help, by the first setting below each.
-HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (exploration step)",
+HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (of both steps; KL in exploration only)",
             "feedback": "the feedback (verification step)", "lr": "the optimizer",
             "dtype": "precision and memory", "seed": "the run", "eval_every": "evaluating, saving, showing"}
 # Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
@@ -228,15 +241,16 @@ def validate(cfg: Config) -> None:
         rules.append((not choices or value in choices, f.name, f"it must be one of {choices}"))
         names_nothing = isinstance(value, str) and ("\0" in value or len(value) > 2000)
         too_large = isinstance(value, int) and abs(value) >= 2**63
-        rules.append((not names_nothing and not too_large, f.name, "it is beyond all reason"))
+        rules.append((not names_nothing and not too_large, f.name, "it is too large, or no text that could name something"))
     device = pick_device(cfg)
     rules += [
         (cfg.minibatches and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
+        (not (cfg.reward and cfg.reward_noise), "reward_noise", "it turns round 0 and 1, not a reward of one's own"),
         (cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
-        (not cfg.tracker or find_spec(cfg.tracker), "tracker", f"it needs the package of that name"),
+        (not cfg.tracker or find_spec(cfg.tracker), "tracker", "it needs the package of that name"),
         (not cfg.model or cfg.dataset or not cfg.steps, "dataset", "name a data set to train on"),
         (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own"),
         (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own"),
@@ -248,26 +262,19 @@ def validate(cfg: Config) -> None:
             raise UserError(f"{flag(name)} is {getattr(cfg, name)!r}: {reason}")
 
 
-MEMORY_SHARE = 15 / 16  # of what is free: the rest is left alone
+MEMORY_SHARE = 15 / 16  # of what is free in the plan, and of a card at the most
 
 
 def pick_device(cfg: Config) -> torch.device:
     """The device that samples and trains; a UserError if there is no such device here."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explained_as(f"--device is {device!r}"):  # an unknown name, or a torch without CUDA
         device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or a torch without CUDA
-        raise UserError(f"--device is {device!r}: {first_line(error)}")
     if device.type == "cuda":
         # cuDNN plans attention anew for every length, and in decoding each token has another
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
     return device
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says first; its name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def rng(device, *key) -> torch.Generator:
@@ -328,12 +335,10 @@ class ImprovementTracker:
 
     def feedback(self, mu: float) -> Feedback | None:
         """How `mu` compares with the window; None while it fills, or if its rewards are all equal."""
-        if not self.full:
+        if not self.full or len(set(self.history)) == 1:
             return None
         mu_his = statistics.mean(self.history)
-        sigma_his = statistics.stdev(self.history)  # ddof 1; the sums are exact, so equal rewards give 0
-        if sigma_his == 0:
-            return None
+        sigma_his = statistics.stdev(self.history)  # ddof 1
         xi = (mu - mu_his) / sigma_his
         if self.xi_clip is not None:
             xi = max(-self.xi_clip, min(self.xi_clip, xi))
@@ -508,21 +513,20 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
                 sums[name] += value * count
             trained += count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        finite = math.isfinite(norm) and math.isfinite(loss_sum)
-        if finite:
-            optimizer.step()
-            norms.append(norm)
-        optimizer.zero_grad(set_to_none=True)
-        if not finite:
+        if not math.isfinite(norm + loss_sum):
+            optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
+        optimizer.step()
+        norms.append(norm)
+        optimizer.zero_grad(set_to_none=True)
     return {"loss": loss_sum / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
             "skipped_steps": minibatches - len(norms),
             **{name: value / trained if trained else None for name, value in sums.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One iteration. PIPO on one screen, in the order of the README's eight steps. To add PIPO to a trainer of your
-# own, read `iteration` and nothing else.
+# One iteration. PIPO on one screen, in the order of the README's eight steps. What it adds to a trainer are steps
+# 4, 6 and 8, with ImprovementTracker and improvement_rewards; the helpers above `iteration` say how, not what.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -539,9 +543,6 @@ class Run:
     past_xi: list[float] = field(default_factory=list)
     step: int = 0  # iterations done
     read: dict[str, str] = field(default_factory=dict)  # fingerprints of what it began with
-
-
-PHASES = ("sample", "grade", "verification", "exploration")
 
 
 def step_with(run: Run, cfg: Config):
@@ -578,20 +579,26 @@ def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tenso
     """
     def judged(text, problem):
         if reward is not None:
-            return float(reward(text, problem.answer, problem.row)), None
+            value = float(reward(text, problem.answer, problem.row))
+            if not math.isfinite(value):
+                raise ValueError(f"the reward of {text[-100:]!r} is {value}: it must be a finite number")
+            return value, None
         grades = [grade(text, gold, problem.thinking) for gold in problem.golds]
         return max(grades, key=lambda graded: graded[0])
 
     G = len(batch.texts) // len(problems)
     grades = [judged(text, problems[i // G]) for i, text in enumerate(batch.texts)]
-    rewards = torch.tensor([reward for reward, _ in grades], device=batch.tokens.device).view(-1, G)  # (Q, G)
-    return rewards, Counter(cause for _, cause in grades if cause)
+    rewards = torch.tensor([value for value, _ in grades], device=batch.tokens.device).view(-1, G)  # (Q, G)
+    return rewards, Counter(cause for value, cause in grades if cause and not value)
 
 
-def flip(rewards: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """0/1 rewards of which `share` are turned round at random: `none` and `pipo` then see the same noise."""
-    flipped = torch.rand(rewards.shape, generator=generator) < share
-    return torch.where(flipped.to(rewards.device), 1 - rewards, rewards)
+def fill_in_rewards(run: Run, batch: Batch, cfg: Config, *round_) -> Counter:
+    """Grade a batch, with --reward-noise turned round; how often a completion could not be judged, by cause."""
+    rewards, failures = grade_all(batch, batch.problems, run.reward)  # (Q, G)
+    noise = torch.rand(rewards.shape, generator=rng("cpu", cfg.seed, "noise", run.step, *round_))  # (Q, G)
+    flipped = (noise < cfg.reward_noise).to(rewards.device)  # the same whatever --feedback
+    batch.rewards = torch.where(flipped, 1 - rewards, rewards)
+    return failures
 
 
 @torch.no_grad()
@@ -613,7 +620,7 @@ def settle_behavior(run: Run, batch: Batch, cfg: Config) -> None:
         gap = (again - batch.behavior_logprobs)[rows].abs().sum().item() / batch.mask[rows].sum().item()
         if gap > (1e-2 if run.model.dtype == torch.float32 else 0.1):
             raise UserError(f"sampler and trainer disagree by {gap:.2g} in the log-probability of a token "
-                            "before any update: this model's cache, positions or dropout are not supported")
+                            "before any update: this model, or its attention, is not supported here")
     narrow = cfg.base == "gspo" and run.model.dtype == torch.bfloat16  # a clip within the sampler's rounding
     if cfg.behavior == "trainer" or cfg.behavior == "auto" and narrow:
         batch.behavior_logprobs = trainer_logprobs(run.model, batch, torch.arange(len(batch.texts)), cfg)
@@ -629,21 +636,19 @@ def ask(run: Run, problems: list[Problem], cfg: Config, *round_) -> Batch:
     return batch
 
 
-def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config) -> tuple[Batch, float]:
+def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config, failures: Counter) -> tuple[Batch, float]:
     """More rounds of prompts until Q groups are mixed: the Q groups to train on, mixed ones first, and mu.
 
-    mu is over every sample drawn: over the kept groups alone it would be pulled towards 1/2. Source: DAPO.
+    mu, and `failures`, are over every sample drawn: over the kept groups alone mu would be pulled towards 1/2.
+    Source: DAPO.
     """
     Q, batches, rewards = cfg.prompts_per_step, [batch], batch.rewards  # (q, G)
     for round_ in range(1, cfg.dynamic_sampling + 1):
-        mixed = rewards.amax(1) > rewards.amin(1)  # (q,)
-        if mixed.sum() >= Q:
-            break
-        more = ask(run, problems[round_ * Q:(round_ + 1) * Q], cfg, round_)
-        more.rewards, _ = grade_all(more, more.problems, run.reward)
-        batches.append(more)
-        rewards = torch.cat([rewards, more.rewards])
-    mixed = rewards.amax(1) > rewards.amin(1)
+        if (rewards.amax(1) > rewards.amin(1)).sum() < Q:
+            batches.append(ask(run, problems[round_ * Q:(round_ + 1) * Q], cfg, round_))
+            failures.update(fill_in_rewards(run, batches[-1], cfg, round_))
+            rewards = torch.cat([rewards, batches[-1].rewards])
+    mixed = rewards.amax(1) > rewards.amin(1)  # (q,)
     groups = mixed.long().argsort(descending=True, stable=True)[:Q].tolist()
     return joined(batches, groups), rewards.mean(dtype=torch.float64).item()
 
@@ -661,11 +666,10 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     clock.append(time.perf_counter())
 
     # 2. grade it; mu_t is the mean over every sample, before any is left out
-    rewards, failures = grade_all(batch, batch.problems, run.reward)  # (Q, G)
-    batch.rewards = flip(rewards, cfg.reward_noise, rng("cpu", cfg.seed, "noise", run.step))
+    failures = fill_in_rewards(run, batch, cfg)
     mu = batch.rewards.mean(dtype=torch.float64).item()
     if cfg.dynamic_sampling:
-        batch, mu = fill_up(run, batch, problems, cfg)
+        batch, mu = fill_up(run, batch, problems, cfg, failures)
     # 3. how much better each sample did than its group
     batch.advantages = group_advantages(batch.rewards, BASES[cfg.base].normalize_std)  # (Q, G)
     if cfg.mask_truncated:  # their group's mean and spread, and mu, keep them
@@ -694,13 +698,13 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     run.tracker.push(mu)
     run.past_xi += [feedback.xi] if feedback else []
     run.previous = batch
-    seconds = zip(PHASES, (after - before for before, after in zip(clock, clock[1:])))
+    phases = ("sample", "grade", "verification", "exploration")
     return batch, {
         "step": run.step, "mu": mu, "feedback": verdict, "coefficient": coefficient,
         **(feedback or Feedback(None, None, None, None))._asdict(), **exploration,
         **{f"pi_{name}": value for name, value in verification.items()}, **batch.metrics(),
         **{f"grader_{cause}": count for cause, count in failures.items()},
-        **{f"seconds_{phase}": value for phase, value in seconds}}
+        **{f"seconds_{phase}": end - start for phase, start, end in zip(phases, clock, clock[1:])}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -710,13 +714,12 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
 
 def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
     """The prompts of a step: consecutive pieces of one fresh shuffle an epoch, found from the step alone."""
-    chosen, n = [], len(problems)
+    n = len(problems)
     per_step = cfg.prompts_per_step * (1 + cfg.dynamic_sampling)  # those of later rounds may not be needed
-    first, end = (step - 1) * per_step, step * per_step
-    for epoch in range(first // n, (end - 1) // n + 1):
-        order = torch.randperm(n, generator=rng("cpu", cfg.seed, "order", epoch)).tolist()
-        chosen += [problems[i] for i in order[max(0, first - epoch * n):end - epoch * n]]
-    return chosen
+    places = range((step - 1) * per_step, step * per_step)
+    orders = {epoch: torch.randperm(n, generator=rng("cpu", cfg.seed, "order", epoch)).tolist()
+              for epoch in {place // n for place in places}}
+    return [problems[orders[place // n][place % n]] for place in places]
 
 
 def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generator=None) -> dict:
@@ -725,15 +728,16 @@ def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generato
     With several samples also the unbiased pass@k (2107.03374) for k = 2, 4, ...; `eval_*` is the mean over sets.
     """
     start, scores, n = time.perf_counter(), {}, cfg.eval_samples
+    temperature = cfg.temperature if cfg.eval_temperature is None else cfg.eval_temperature
     for name, problems in held_out.items():
         batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens,
-                       cfg.eval_temperature or cfg.temperature, cfg.eval_top_p or cfg.top_p, generator,
-                       cfg.cache_tokens)
+                       temperature, cfg.eval_top_p or cfg.top_p, generator, cfg.cache_tokens)
         rewards = grade_all(batch, problems, run.reward)[0].double()  # (Q, n)
         scores[f"eval/{name}/pass@1"] = rewards.mean().item()
         scores[f"eval/{name}/stderr"] = rewards.mean(1).std(correction=0).item() / math.sqrt(len(problems))
         scores[f"eval/{name}/truncated"] = batch.truncated.float().mean().item()
-        for k in (2**i for i in range(1, n.bit_length())):
+        is_right_or_wrong = torch.isin(rewards, torch.tensor([0.0, 1.0], device=rewards.device)).all()
+        for k in (2**i for i in range(1, n.bit_length() if is_right_or_wrong else 1)):
             misses = [math.comb(n - int(c), k) / math.comb(n, k) for c in rewards.sum(1)]
             scores[f"eval/{name}/pass@{k}"] = 1 - statistics.mean(misses)
     for key in ("pass@1", "stderr", "truncated"):
@@ -752,7 +756,7 @@ def pick_samples(batch: Batch, step: int, show: bool) -> list[dict]:
                       "reward": flat[i].item(), "truncated": cut})
         if show:
             asked, given = " ".join(problem.text.split())[-100:], " ".join(text.split())[-300:]
-            tqdm.write(f"step {step}, reward {flat[i]:.0f}, answer {problem.answer}: {asked} -> {given}"
+            tqdm.write(f"step {step}, reward {flat[i]:g}, answer {problem.answer}: {asked} -> {given}"
                        + " [cut off]" * cut)
     return picks
 
@@ -766,26 +770,28 @@ def held_out_names(cfg: Config) -> list[str]:
 def load_reward(spec: str):
     """The function that `file.py:name` names."""
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--reward is {spec!r}: it must be file.py:function, and there is no file {path!r}")
-    found = runpy.run_path(path).get(name)
+    sys.path.append(str(Path(path).absolute().parent))  # for what stands beside it
+    found = runpy.run_path(path).get(name) if Path(path).is_file() else None
     if not callable(found):
-        raise UserError(f"--reward is {spec!r}: {path} has no function {name!r}")
+        raise UserError(f"--reward is {spec!r}: it must be file.py:function; {path} has no function {name!r}")
     return found
 
 
+@contextmanager
 def open_tracker(cfg: Config, out: Path):
-    """A function that sends a row of metrics to --tracker, whose package is imported only when asked for."""
-    if not cfg.tracker:
-        return lambda row: None
+    """Yields a function that sends a row of metrics to --tracker, whose package is imported only when asked for."""
     if cfg.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out)
-        return lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items()
-                            if isinstance(value, (int, float))]
-    tracker = importlib.import_module(cfg.tracker)
-    tracker.init(project="pipo", name=out.name, config=asdict(cfg))
-    return lambda row: tracker.log(row, step=row["step"])
+        with SummaryWriter(out) as writer:
+            yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items()
+                               if isinstance(value, (int, float))]
+    elif cfg.tracker:
+        tracker = importlib.import_module(cfg.tracker)
+        tracker.init(project="pipo", name=out.name, config=asdict(cfg))
+        yield lambda row: tracker.log(row, step=row["step"])
+        tracker.finish()
+    else:
+        yield lambda row: None
 
 
 def set_up(cfg: Config, out: Path, state: dict | None, reward):
@@ -795,7 +801,8 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     """
     device = pick_device(cfg)
     if state:  # not to be decided anew
-        cfg = replace(cfg, dtype=state["dtype"], optimizer_device=state["optimizer_device"])
+        cfg = replace(cfg, dtype=state["dtype"], optimizer_device=state["optimizer_device"],
+                      cache_tokens=cfg.cache_tokens or state["cache_tokens"])
     if cfg.model:
         path = cfg.model
         with torch.device("meta"):  # shapes only
@@ -813,9 +820,8 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
             build_demo(path, cfg, warm, device)
     tokenizer = load_or_explain(
         path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    problems, held_out, own = [], {}, reward is not None
-    if cfg.steps:
-        problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own)
+    held_out, own = {}, reward is not None
+    problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own) if cfg.steps else []
     for name, eval_rows in eval_sets.items():
         found = read_problems(eval_rows, tokenizer, cfg, name, own, trained_on=problems)
         held_out[name if Path(name).stem in held_out else Path(name).stem] = found[:cfg.eval_limit or None]
@@ -829,7 +835,8 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     if cfg.kl_coef:
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
-    run = Run(model, tokenizer, make_optimizer(model, cfg), tracker, reference, reward)
+    run = Run(model, tokenizer, make_optimizer(model, cfg) if cfg.steps else None, tracker, reference,
+              reward)
     run.read = fingerprints(run, problems, held_out)
     if state:
         load_checkpoint(run, state, out)
@@ -839,25 +846,22 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     return run, problems, held_out, cfg
 
 
-def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path) -> None:
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path, track) -> None:
     """Iterations until cfg.steps or a signal to stop, with evaluations, a row of metrics each, and checkpoints."""
-    track, saved, save_seconds = open_tracker(cfg, out), time.perf_counter(), {}
+    saved, save_seconds = time.perf_counter(), {}
 
-    def evaluated():
-        generator = rng(run.model.device, cfg.seed, "evaluation")  # each time the same
-        found = evaluate(run, held_out, cfg, generator)
-        for name in held_out:
-            told = {key.rpartition("/")[2]: value for key, value in found.items() if f"/{name}/" in key}
-            scores = ", ".join(f"{key} {value:.1%}" for key, value in told.items())
-            tqdm.write(f"step {run.step}: {name} {scores}")
-        return found
-
-    def log(row):
+    def log(row, with_evaluation):
+        if with_evaluation:  # each time with the same random numbers
+            row |= evaluate(run, held_out, cfg, rng(run.model.device, cfg.seed, "evaluation"))
+            for name in held_out:
+                told = {key.rpartition("/")[2]: row[key] for key in row if key.startswith(f"eval/{name}/")}
+                scores = ", ".join(f"{key} {value:.3f}" for key, value in told.items())
+                tqdm.write(f"step {run.step}: {name} {scores}")
         append_jsonl(out / "metrics.jsonl", row)
         track(row)
 
     if run.step == 0 and held_out:
-        log({"step": 0, **evaluated()})
+        log({"step": 0}, with_evaluation=True)
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
         while run.step < cfg.steps:
             try:
@@ -865,22 +869,20 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, setting
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
             last = run.step == cfg.steps
-            if held_out and (last or run.step % cfg.eval_every == 0):
-                row |= evaluated()
-            log(row | save_seconds | {"memory_gb": peak_memory_gb(run.model.device)})
+            evaluate_now = held_out and (last or run.step % cfg.eval_every == 0)
+            log(row | save_seconds | {"memory_gb": peak_memory_gb(run.model.device)}, evaluate_now)
             show = cfg.show_every and run.step % cfg.show_every == 0
             append_jsonl(out / "samples.jsonl", *pick_samples(batch, run.step, show))
-            shown = {name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None}
-            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+            bar.set_postfix({name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None})
             bar.update()
-            stop = caught and not last  # read once: saving and stopping agree
-            overdue, save_seconds = time.perf_counter() - saved > 60 * cfg.save_minutes, {}
-            if cfg.save_every and (last or stop or overdue or run.step % cfg.save_every == 0):
-                begun = time.perf_counter()
+            begun, save_seconds = time.perf_counter(), {}
+            overdue = begun - saved > 60 * cfg.save_minutes
+            save_now = last or caught or overdue or run.step % (cfg.save_every or cfg.steps) == 0
+            if cfg.save_every and save_now:
                 save_checkpoint(run, settings, cfg, out)
                 saved = time.perf_counter()
-                save_seconds = {"seconds_save": saved - begun}  # in the next row: this is saved
-            if stop:
+                save_seconds = {"seconds_save": saved - begun}  # in the next row: this one is in the checkpoint
+            if caught and save_now and not last:  # a signal during the save need not wait for another step
                 how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
                 raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
 
@@ -896,16 +898,14 @@ def train(cfg: Config, reward=None) -> list[dict]:
     settings = asdict(cfg)  # as they were given, blanks and all
     if cfg.reward and reward is None:
         reward = load_reward(cfg.reward)
-    with locked(run_folder(cfg)) as out:
+    with run_folder(cfg) as out:
         run, problems, held_out, cfg = set_up(cfg, out, open_run(cfg, out), reward)
-        N, size = cfg.prompts_per_step * cfg.group_size, run.model.num_parameters()
-        tested = sum(map(len, held_out.values()))
-        tqdm.write(
-            f"{cfg.base} with feedback {cfg.feedback}: {size / 1e6:,.1f}M parameters on {run.model.device}; "
-            f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to "
-            f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples = {N:,} sequences, at most "
-            f"{N * cfg.max_new_tokens:,} new tokens; files in {out}")
-        loop(run, problems, held_out, cfg, settings, out)
+        size, tested = run.model.num_parameters() / 1e6, sum(map(len, held_out.values()))
+        tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size:,.1f}M parameters on {run.model.device}; "
+                   f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to "
+                   f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples; files in {out}")
+        with open_tracker(cfg, out) as track:
+            loop(run, problems, held_out, cfg, settings, out, track)
         if cfg.steps:
             run.model.save_pretrained(out / "model")
             run.tokenizer.save_pretrained(out / "model")
@@ -944,11 +944,10 @@ class Batch:
     def metrics(self) -> dict:
         """What a graded batch says of the policy's health."""
         n_tokens = self.mask.sum().item()
-        return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens,
-                "truncated": self.truncated.float().mean().item(), "cache_tokens": self.cache_tokens,
-                "out_of_memory": self.out_of_memory,
-                "zero_signal": (self.advantages == 0).all(1).float().mean().item(),
-                "completion_length": n_tokens / len(self.prompts), "tokens": int(n_tokens)}
+        return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens, "tokens": int(n_tokens),
+                "completion_length": n_tokens / len(self.prompts), "cache_tokens": self.cache_tokens,
+                "truncated": self.truncated.float().mean().item(), "out_of_memory": self.out_of_memory,
+                "zero_signal": (self.advantages == 0).all(1).float().mean().item()}
 
 
 def joined(batches: list[Batch], groups: list[int]) -> Batch:
@@ -956,16 +955,15 @@ def joined(batches: list[Batch], groups: list[int]) -> Batch:
     G = batches[0].rewards.shape[1]
     rows = [group * G + i for group in groups for i in range(G)]  # N
 
-    def chosen(name):
-        every = [row for batch in batches for row in getattr(batch, name)]
-        return [every[i] for i in rows]
+    def chosen(name, places=rows):
+        every = [item for batch in batches for item in getattr(batch, name)]
+        return [every[i] for i in places]
 
     names = ("tokens", "mask", "behavior_logprobs")
     tensors = [pad_sequence(chosen(name), batch_first=True) for name in names]  # (N, T) each
-    problems = [problem for batch in batches for problem in batch.problems]
-    rewards = torch.cat([batch.rewards for batch in batches])[groups]  # (Q, G)
     return Batch(chosen("prompts"), *tensors, torch.stack(chosen("truncated")), chosen("texts"),
-                 rewards=rewards, problems=[problems[group] for group in groups])
+                 batches[-1].cache_tokens, sum(batch.out_of_memory for batch in batches),
+                 torch.stack(chosen("rewards", groups)), problems=chosen("problems", groups))
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -974,8 +972,9 @@ def eos_ids(model, tokenizer) -> list[int]:
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     if tokenizer.chat_template:  # the EOS of a base model ends a document; its template ends a turn otherwise
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
-        first = tokenizer(tail.strip(), add_special_tokens=False).input_ids[:1]
+        with explained_as("the chat template of this model"):
+            _, answer, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")
+        first = tokenizer(tail.strip(), add_special_tokens=False).input_ids[:1] if answer else []
         ids.update(i for i in first if i in tokenizer.added_tokens_decoder)
     ids.discard(None)
     if not ids:
@@ -1032,16 +1031,13 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.is_initialized = True
         self.all_keys, self.all_values = all_keys, all_values
-        self.show(used)
-
-    def show(self, P):
-        self.keys, self.values = self.all_keys[:, :, :P], self.all_values[:, :, :P]  # (n, heads, P, D)
+        self.keys, self.values = all_keys[:, :, :used], all_values[:, :, :used]  # (n, heads, P, D)
 
     def update(self, keys, values, *_, **__):
         """Write the next token's keys and values (n, heads, 1, D) behind those held; returns them all."""
         P = self.keys.shape[2]
         self.all_keys[:, :, P:P + 1], self.all_values[:, :, P:P + 1] = keys, values
-        self.show(P + 1)
+        self.keys, self.values = self.all_keys[:, :, :P + 1], self.all_values[:, :, :P + 1]
         return self.keys, self.values
 
 
@@ -1097,9 +1093,8 @@ def decode_chunk(model, cache, seen, token, logits, steps, temperature, top_p, g
     """
     tokens, logprobs, name = [], [], cache_name(model)
     config = model.config.get_text_config()
-    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    has_windows = has_windows or getattr(config, "sliding_window", None)
-    is_plain = getattr(config, "rope_parameters", None) and not has_windows
+    is_plain = getattr(config, "rope_parameters", None) and not getattr(config, "sliding_window", None)
+    is_plain = is_plain and model.config._attn_implementation != "eager"  # which adds masks
     for _ in range(steps):
         if token is not None:
             seen = F.pad(seen, (0, 1), value=1)  # (n, P + 1)
@@ -1132,12 +1127,6 @@ class Row:
         self.tokens += tokens[:n]
         self.logprobs += logprobs[:n]
         self.ended = self.tokens[-1] in eos or len(self.tokens) == limit
-
-
-def empty_cache(device) -> None:
-    """Give back what the allocator keeps: sampling and training want pieces of other sizes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def decode(tokenizer, tokens: list[int]) -> str:
@@ -1187,16 +1176,15 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
         n = max(1, sum(k * (len(row) + chunk) <= room for k, row in enumerate(waiting, 1)))  # that fit
         try:
             carry_on(waiting[:n])
-            ran_out = False
         except torch.OutOfMemoryError:
-            ran_out = True
+            out_of_memory += 1
             if n == 1:
                 raise
-        if ran_out:  # outside the except block, which holds on to the tensors of the failed pass
-            out_of_memory += 1
-            empty_cache(device)
             if out_of_memory > 1:
                 room = int(0.8 * min(room, sum(len(row) + chunk for row in waiting[:n])))
+        # Behind the except block, which holds the tensors of a failed pass: training, and a wave with less room,
+        # want pieces of other sizes than the allocator has kept. (Without a GPU this does nothing.)
+        torch.cuda.empty_cache()
         waiting = [row for row in waiting[n:] + waiting[:n] if not row.ended]
 
     tokens = padded([row.tokens for row in rows], device)  # (N, T) T is the longest, no longer the limit
@@ -1204,7 +1192,6 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
     texts = [decode(tokenizer, row.tokens) for row in rows]
-    empty_cache(device)
     left = None if room == sys.maxsize else room
     prompts = [row.prompt for row in rows]
     return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
@@ -1237,44 +1224,32 @@ def require(condition, cause="unparsed"):
 
 # --- Finding the answer in a text
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BRACED = ""
+for _ in range(MAX_DEPTH):
+    BRACED = rf"(?:[^{{}}\\]|\\.|\{{{BRACED}\}})*"  # balanced braces, that deep
+BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{{({BRACED})\}}|([^\s${{}}]*))", re.DOTALL)
 TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 HASHES = re.compile(r"(?<!#)####(?!#)(?!\W{0,9}(?:final|answer|step|solution)\b)[ \t]*(\S.*)", re.I)
+# "the answer is", then math with no more behind it ($5$ or $6$, $2$ fifths), else the rest of the sentence
 CUE = re.compile(
-    r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)", re.I)
-MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-GOES_ON = re.compile(r"[ \t]*(?:,?[ \t]*(?:or|and)\b|[A-Za-z])")  # $5$ or $6$, $2$ fifths
+    r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)"
+    r"(?=(?:\$\$?|\\[([])((?:\\[^])]|[^$\\])+)(?:\$\$?|\\[])])(?!\$|[ \t]*(?:,?[ \t]*(?:or|and)\b|[A-Za-z]))"
+    r"|(.*?)(?:\.\s|\.?\Z|\n))", re.I)
 SPECIAL = re.compile(r"<\|[^|>]*\|>|</s>|<eos>")
 
 
 def boxed(text):
     """The content of the last box; None without a box, "" if the last one is empty or never closed."""
-    box = BOX.match(text, max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0))
-    if not box:
-        return None
-    rest, depth = text[box.end():box.end() + 10 * MAX_TEXT], 0
-    if not rest.startswith("{"):  # \boxed 5
-        return re.match(r"[^\s${}]*", rest)[0]
-    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return rest[1:brace.start()].strip()
-    return ""
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
+    box = BOX.match(text, start, start + 10 * MAX_TEXT)
+    return (box[1] or box[2] or "").strip() if box else None
 
 
 def unboxed(text):
     """The answer of a text without a box: tagged, behind ####, or behind "the answer is"; None if missing."""
     tail = text[-10 * MAX_TEXT:]
-    tagged = TAGGED.findall(tail) or HASHES.findall(tail)
-    if tagged:
-        return SPECIAL.split(tagged[-1])[0]
-    tail, answer = SPECIAL.split(text[-1000:])[0], None
-    for cue in CUE.finditer(tail):
-        inside = MATH.match(tail, cue.end())
-        sentence = re.split(r"\.\s|\n", tail[cue.end():] + "\n")[0].replace("**", "")  # **18** apples
-        goes_on = inside and GOES_ON.match(tail, inside.end())
-        answer = inside[inside.lastindex] if inside and not goes_on else sentence
-    return answer
+    found = TAGGED.findall(tail) or HASHES.findall(tail) or CUE.findall(SPECIAL.split(text[-1000:])[0])
+    return SPECIAL.split("".join(found[-1]))[0].replace("**", "") if found else None
 
 
 def extract_answer(text: str, thinking: bool = False) -> str | None:
@@ -1285,7 +1260,7 @@ def extract_answer(text: str, thinking: bool = False) -> str | None:
     a truncated or empty last box, or bare numbers in prose, are no answer.
     """
     start, *thoughts = ("<think>" * thinking + text).split("<think>")
-    ended = [thought for thought in thoughts if "</think>" in thought]
+    ended = [part for part in thoughts if "</think>" in part]
     text = "\n".join(part.rpartition("</think>")[2] for part in (start, *ended))
     answer = boxed(text)
     if answer is None:
@@ -1305,46 +1280,50 @@ SPELLINGS = table(r"""
     * \cdot \times \ast × · ⋅ ∙ ∗; / \div ÷ ⁄ ∕; - − – —; ^ **; < \lt; <= \le \leq \leqslant ≤ ⩽; > \gt;
     >= \ge \geq \geqslant ≥ ⩾; != \ne \neq ≠; = \equiv; ≈ \approx \simeq; ∈ \in; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap;
     ∖ \setminus \backslash except; \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \pi π pi; % \%; $ \$;
-    \mathbb{R} \mathbbR ℝ \R \reals; \mathbb{Z} \mathbbZ ℤ \Z; \mathbb{N} \mathbbN ℕ \N; \sqrt √ sqrt;
-    \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack;
-    ) \rangle ⟩ \rfloor \rceil; ] \rbrack; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee;
-    & and \land \wedge; \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
+    \mathbb{R} \mathbbR ℝ \R \reals; \mathbb{Z} \mathbbZ ℤ \Z; \mathbb{N} \mathbbN ℕ \N; \sqrt √ sqrt; \frac
+    \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack; ] \rbrack;
+    ) \rangle ⟩ \rfloor \rceil; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee; & and \land \wedge;
+    \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
     ° \circ \degree degree degrees""")
 # Different units are never equal; other trailing words are merely dropped. A plural -s is dropped before.
 UNITS = table(r"""
     mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in;
     yard yd; foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; day;
     minute min; hour hr h; ms millisecond; week; month; year yr; L l liter litre; ml milliliter; gallon; mph;
-    cent ¢; € euro; £; dollar $ usd; radian; ° deg; celsius; fahrenheit; % percent pct percentage; J joule;
-    N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm; hz hertz; am; pm;
-    / per; cup""")
-PLAIN_UNITS = UNITS.keys() - {"in", "mi", "min"}  # units outside \text{...} too; a bare min is m*i*n
+    cent ¢; € euro; £; dollar $ usd; radian; ° deg; degC degc celsius; degF degf fahrenheit; % percent pct
+    percentage; J joule; N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm;
+    hz hertz; am; pm; / per; cup""")
 # What changes the number before it: by a known factor, or so that it is no longer an answer.
-WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8
-    ninth 1/9 tenth 1/10 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 dozen 12 hundred 1e2 thousand 1e3
-    lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
+WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8 ninth 1/9
+    tenth 1/10 twelfth 1/12 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 billionth 1e-9 trillionth 1e-12
+    dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
 FACTORS = {word: Fraction(worth) for word, worth in zip(WORTH[::2], WORTH[1::2])}
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-HEDGES = FACTORS.keys() | {re.sub("y$", "ie", number) + "th" for number in NUMBERS} | set(NUMBERS) | set("""
+HEDGES = FACTORS.keys() | {number.replace("ty", "tie") + "th" for number in NUMBERS} | set(NUMBERS) | set("""
     not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise through
     between less fewer than least most about approximately approx roughly nearly almost circa if unless
     without squared cubed factorial score gross once twice thrice doubled tripled quadrupled halved negated
-    below minus plus max upward mil bn mn tn ish inverse reciprocal remainder recurring repeating twelfth
-    billionth trillionth""".split())
-FUNCTIONS = {"\\" + name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp floor ceil".split()}
-FUNCTIONS |= {r"\arcsin": "asin", r"\arccos": "acos", r"\arctan": "atan", r"\abs": "fabs", r"\log": "log10",
-              r"\ln": "log", r"\cis": "expj"}  # as mpmath calls them
+    below minus plus max upward mil bn mn tn ish inverse reciprocal remainder recurring repeating""".split())
+# Nothing used of this context changes its precision for a while, as mpmath's cot does: threads may share it.
+MP = mpmath.MPContext()
+MP.dps = DIGITS
+FUNCTIONS = {"\\" + name: getattr(MP, name) for name in "sin cos tan sinh cosh tanh exp floor ceil".split()}
+FUNCTIONS |= {r"\arcsin": MP.asin, r"\arccos": MP.acos, r"\arctan": MP.atan, r"\abs": MP.fabs, r"\ln": MP.log,
+              r"\log": MP.log10, r"\cis": MP.expj, r"\cot": lambda x: 1 / MP.tan(x),
+              r"\sec": lambda x: 1 / MP.cos(x), r"\csc": lambda x: 1 / MP.sin(x)}
 EXACT = {r"\abs": abs, r"\floor": math.floor, r"\ceil": math.ceil, r"\gcd": math.gcd, r"\lcm": math.lcm,
          r"\binom": math.comb, "!": math.factorial, "!!": lambda n: math.prod(range(n, 0, -2)),
          "≡": operator.mod}
 CALLS = {*FUNCTIONS, r"\gcd", r"\lcm"}
-SPELLINGS |= {name[1:]: name for name in CALLS}  # sin
+SPELLINGS |= {r"\\": ";"} | {name[1:]: name for name in CALLS}  # sin
 OPERATORS = {"+": operator.add, "-": lambda x, y: x + -y, "*": operator.mul, "/": lambda x, y: x * (1 / y)}
-LEVELS = {"∪": -1, "∩": -1, "∖": -1, ":": -1, "+": 0, "-": 0, "*": 1, "/": 1, "^": 2}  # how close they bind
+# How close they bind.
+LEVELS = {"≡": -1, "∪": -1, "∩": -1, "∖": -1, ":": -1, "+": 0, "-": 0, "*": 1, "/": 1, "^": 2}
 SIGNS = ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"})  # the two readings of a ±
-BRACKETS = {"()": (">", "<"), "(]": (">", "<="), "[)": (">=", "<"), "[]": (">=", "<=")}  # of intervals
-RELATIONS = {"=": (0,), "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1)}  # signs of a - b
+# The signs of a - b: of x - low and x - high in an interval, of left - right in a relation.
+BRACKETS = {"()": ((1,), (-1,)), "(]": ((1,), (-1, 0)), "[)": ((0, 1), (-1,)), "[]": ((0, 1), (-1, 0))}
+RELATIONS = {"=": (0,), "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1)}
 SIDES = ("∈", "≈", *RELATIONS)
 SEPARATORS = (",", ";", "∨", "&")
 
@@ -1353,31 +1332,27 @@ SEPARATORS = (",", ";", "∨", "&")
 STYLE = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|bf|it)|boldsymbol|operatorname)\*?"
 SIZE = r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|q?quad|thinspace|f?boxe?d?|underline|rm|bf)\b"
 SPACE = r"(?:\\[,!;:>\s]|~)"
-SEPARATOR = re.compile(rf"\{{,\}}|,?{SPACE}|\\|\s")  # of thousands
 TOKEN = re.compile(rf"""
     {STYLE}\s*\{{(?P<text>[^{{}}]*)\}}
-    | (?P<dress>\\(?:text)?color\s*\{{[^{{}}]*\}} | \\(?:left|right)\s*\. | (?<=[0-9])(?:st|nd|rd|th)\b
-        | {STYLE}(?![A-Za-z]) | {SIZE} | {SPACE} | \\[()\[\]] | [$"“”`])
-    | (?P<small>[⁰¹²³⁴-⁹⁻ⁿ]+|[¼-¾⅐-⅞])  # x² ½
+    | (?P<dress>\\(?:text)?color\s*\{{[^{{}}]*\}} | \\(?:left|right)\s*\. | (?<=\\\\)\[-?[0-9.]+[a-z]+\]
+        | (?<=[0-9])(?:st|nd|rd|th)\b | {STYLE}(?![A-Za-z]) | {SIZE} | {SPACE} | \\[()\[\]] | [$"“”`])
     | (?P<number>(?: [0-9]+(?:(?:\{{\s*,\s*\}}|,?{SPACE}|\s)\s*[0-9]{{3}}(?![0-9]))+  # 1{{,}}234  1,\!234
             | [1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?![0-9]) | [0-9]+ | (?=\.[0-9]))  # 1,234
         (?:\.[0-9]*)?(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.]))?)
     | (?P<word>\b[aApP]\.\s?[mM]\b\.? | [^\W\d_]+) | \\(?:angle|triangle)\s*[A-Z]{{1,5}}
-    | (?P<row>\\\\(?:\s*\[\s*-?[0-9.]+\s*[a-z]+\s*\])?) | \\(?:begin|end)\{{\w+\}}
-    | \\mathbb\s*(?:\{{\w\}}|\w) | \\[A-Za-z]+ | \\\S
+    | \\(?:begin|end)\{{\w+\}} | \\mathbb\s*(?:\{{\w\}}|\w) | \\[A-Za-z]+ | \\\S
     | <= | >= | \*\* | !! | (?<![0-9)!])!= | \S""", re.VERBOSE)
 
 
 WORDS = re.compile(r"(?=.*(?:[^\W\d_]{4}|[A-Z]\w|[aeiou]))(?:[^\W\d_]|[\s.,'’-])+")  # nothing but words
 PROSE = re.compile(r"(?<![\\A-Za-z{])(?!(?:sqrt|infinity|arc\w+)\b)[A-Za-z]{4,}")  # "of" is one, too
-TEXTS = re.compile(rf"{STYLE}\s*\{{[^{{}}]*\}}")
 CHOICE, BETWEEN = r"(?:\([A-J]\)|[A-J]\)?|[①-⑳])", rf"(?:{STYLE}|[\s,;、&.{{}}$]|\\ |\band\b)*"
 CHOICES = re.compile(rf"(?:{BETWEEN}(?i:option|choice|answer)s?:?)?(?:{BETWEEN}{CHOICE})+{BETWEEN}")
 
 
 def glue(match):
-    """One token of several: x _ { 1 2 } becomes x_12. The base of a logarithm is no part of a name."""
-    return match[0] if match[0].startswith(r"\log") else re.sub(r'[ {}()"=]|^m (?=\\)', "", match[0])
+    """One token of several: x _ { 1 2 } becomes x_12."""
+    return re.sub(r'[ {}()"=]|^m (?=\\)', "", match[0])
 
 
 def based(match):
@@ -1386,25 +1361,16 @@ def based(match):
     return f"#{digits}_{NUMBERS.index(base) if base in NUMBERS else base}"
 
 
-def bounds(match):
-    """] 1 , 2 [ becomes ( 1 , 2 )."""
-    left, right = "[" if match[1] == "[" else "(", "]" if match[4] == "]" else ")"
-    return f"{left} {match[2]} , {match[3]} {right}"
-
-
 def mixed(match):
-    """1 \\frac { 4 } { 5 } becomes ( 1 + \\frac { 4 } { 5 } ), but 1 \\frac { 5 } { 4 } is a product."""
-    return f"( {match[1]} + {match[2]} )" if int(match[3]) < int(match[4]) else match[0]
+    """1 \\frac { 4 } { 5 } becomes ( 1 + 4 / 5 ), but 1 \\frac { 5 } { 4 } is a product."""
+    whole, _, top, below = match.groups()
+    return f"( {whole} + {top} / {below} )" if int(top) < int(below) else match[0]
 
 
 def repeating(match):
     """0.1 \\overline { 6 } becomes ( 0.10 + 6 / 90 )."""
-    return f"( {match[1]}0 + {match[3]} / {'9' * len(match[3]) + '0' * len(match[2])} )"
-
-
-def unnumbered(match):
-    """x_1 = 2 , x_2 = 3 becomes x = 2 , x = 3."""
-    return re.sub(r"_\d+ =", " =", match[0])
+    digits = re.sub(r"\D", "", match[3])
+    return f"( {match[1]}0 + {digits} / {'9' * len(digits) + '0' * len(match[2])} )"
 
 
 def values(match):
@@ -1413,94 +1379,92 @@ def values(match):
     return " , ".join(map(" = ".join, zip(names, values))) if len(names) == len(values) else match[0]
 
 
-MONTH = '"((?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)"'
+MONTH = r"january|jan|feb\w*|march|mar|april|apr|may|ju[nl]\w?|august|aug|(?:sept?|oct|nov|dec)(?:\w*ber)?"
 NAME = r"(?!\\begin|\\end)\\?[^\W\d]\S*"  # a variable; an unknown command is one, too
-MATRIX = r"\{(?:[pb]?matrix|smallmatrix|array|cases)\}"
 GROUP = r"(?:\{ [^{}]* \}|\w)"
 ABS = r"(?:^|(?<=[,;∨&(] ))\\abs \( ([^()]*) \)"
 BOUND = r"((?:[^,;∨&<>=()]|\([^()]*\))*?)(?= [,;∨&<>=)]|$)"
-FOR_ALL = r'(?:"for" "(?:all|any|every|each)"|\\forall)'
+OVER = r"\\(?:overline|vec|hat|tilde|d?dot|overrightarrow|widehat)"
+DIGIT = r"(?:\{ \d+ \}|\d+)"
 D, N = r"(?:d|\\partial)", "[a-zA-Z]"
 # What is only a name before "=": f^{-1}(x), f(g(x)), (f \circ g)(x), dy/dx, m\angle A, |AB|, \max f, P(A).
 NAMED = "|".join([
-    rf"{N} \^ \{{ - 1 \}} \( {N} \)", rf"{N} \( {N} \( {N} \) \)", rf"\( {N} (?:[°+*/-] )?{N} \) \( {N} \)",
+    rf"(?:{N}|{N} \^ \{{ - 1 \}}|\( {N} (?:[°+*/-] )?{N} \))(?: ')* \( (?:\w+(?: , \w+)*|{N} \( {N} \)) \)",
+    r"(?:[PEfghFGH]|\\(?:var)?phi|\\psi)(?: ')* \( [^()]* \)", r"\\(?:max|min|sup|lim|det)\b[^=,;]*",
     rf"\\frac \{{ {D} [^{{}}]*\}} \{{ {D} [^{{}}]*\}}(?: {N}(?: \( {N} \))?)?", rf"d {N} / d {N}",
-    rf"{N} \^ \*", r"(?:m )?\\angle\w+", r"\\abs \( (?:[A-Z]|\\vec)[^()=]* \)",
-    r"\\(?:max|min|sup|lim|det)\b[^=,;]*",
-    r"(?:[PEfghFGH]|\\(?:var)?phi|\\psi)(?: ')* \( [^()]* \)", rf"{N}(?: ')* \( \w+(?: , \w+)* \)"])
+    rf"{N} \^ \*", r"(?:m )?\\angle\w+", r"\\abs \( (?:[A-Z]|\\vec)[^()=]* \)"])
 # Applied to the tokens, joined by spaces: what is only dress goes, two ways to write the same become one. The
 # first of each is a text without which it cannot match, to save time.
 REWRITES = [(part, re.compile(pattern), new) for part, pattern, new in [
     # dress
     ("", r"^(?:=|:|≈) |(?: [.,;:]){1,2}$", ""),  # = 5 .  ->  5
-    ('"', r'(?<=" )a (?=")|"the" ', ""),  # "for" a "day"
+    ('"', r'(?<=" )[a.] (?=")|"the" ', ""),  # "for" a "day", "sq" . "ft"
     ('"', r'^(?!.*"not")(?:"\w+" )+?"(?:is|are|equals)" (?:: |= )?|^"exactly" ', ""),  # "it" "is" 5
-    ('"', r'(?: ,)? "(?:since|because)".*', ""),  # 18 , "since" 9 * 2 = 18  ->  18
-    ('"', r'(?: [,(])? "as" "(?:desired|required|needed|claimed|wanted|expected|stated|shown)".*', ""),
+    # 18 , "since" 9 * 2 = 18  ->  18
+    ('"', r'(?: [,(])? (?:"(?:since|because)"|"as" "(?:desired|claimed|required|needed|wanted|stated|shown)").*', ""),
     ("\\", r" \\(?:blacksquare|square|Box|qed|checkmark)(?!\S)", ""),  # 5 \blacksquare  ->  5
-    ("for", rf'(?: ,)? {FOR_ALL}(?: "real")?(?: "numbers?")? \w(?: ∈ \S+R\}})?$', ""),  # 0 "for" "all" x
+    # 0 "for" "all" x  ->  0
+    ("for", r'(?: ,)? (?:"for" "(?:all|any|every|each)"|\\forall)(?: "(?:real|numbers?)")* \w(?: ∈ \S+R\})?$', ""),
     ("{", r"\{ ([-+:=]) \}", r"\1"),  # { - } 7  ->  - 7
-    ('"', r'\^ (?:\{ )?"(?:st|nd|rd|th)"(?: \})?', ""),  # 12 ^ { "th" }  ->  12
     # A : 12  ->  A
     ("", r'^(?:\( )?"?([A-Z])"? [).:] (?=["\d$]|\\frac|\\sqrt)(?!.*(?:[∨&,;(]|"not"| [A-Z](?!\S))).*', r"\1"),
     # numbers
-    ("inf", r"- \\infty", r"-\\infty"),  # - \infty  ->  -\infty
     ("10", r"(?<=\d) x 10 \^", " * 10 ^"),  # 3 x 10 ^  ->  3 * 10 ^
-    ("_", r"(?<!\S)((?:\d+ |[A-Fa-f] )+)_ \{ (16) \}", based),  # A 5 _ { 16 }  ->  #A5_16
-    ("_", r'(?<!\S)(\d+) _ (\{ (?:"\w+"|\d+|[a-z](?: [a-z])+) \}|\d)', based),  # 204 _ { 5 }  ->  #204_5
-    ("\\", r"(\\frac|\\binom) (\d)(\d*)", r"\1 { \2 } \3"),  # \frac 12  ->  \frac { 1 } 2
-    ("\\", r"(\\frac|\\binom) (\{ [^{}]* \}) (\d)(\d*)", r"\1 \2 { \3 } \4"),  # and then \frac { 1 } { 2 }
-    ("over", r"\{ ([^{}]*) \\over ([^{}]*) \}", r"\\frac { \1 } { \2 }"),  # { a \over b }
+    # 204 _ { 5 }  ->  #204_5
+    ("_", r'(?<!\S)(\d+ |(?:\d+ |[A-Fa-f] )+(?=_ \{ 16))_ (\{ ["\w ]+ \}|\d)', based),
+    # \frac 12  ->  \frac { 1 } { 2 }
+    ("\\", r"(\\frac|\\binom) (?:\{ ([^{}]*) \}|(\d)) ?(\d)(\d*)", r"\1 { \2\3 } { \4 } \5"),
     ("choose", r"\{ ([^{}]*) \\choose ([^{}]*) \}", r"\\binom { \1 } { \2 }"),  # { 10 \choose 3 }
-    ("/", r"\b(\d+) (\d+) / (\d+)\b", r"\1 \\frac { \2 } { \3 }"),  # 1 4 / 5  ->  1 \frac { 4 } { 5 }
-    ("frac", r"(?<![\d^_.] )(?<!\S)(\d+) (\\frac \{ (\d+) \} \{ (\d+) \})", mixed),  # then ( 1 + \frac ... )
-    # 0. \dot { 1 } \dot { 2 }  ->  0. \dot 12
-    ("dot", r"\\dot (?:\{ )?(\d)(?: \})? (?:(\d+) )?\\dot (?:\{ )?(\d)(?: \})?", r"\\dot \1\2\3"),
-    (".", r"(\d*\.(\d*)) \\(?:overline|bar|dot) (?:\{ )?(\d+)(?: \})?", repeating),
+    # 1 \frac { 4 } { 5 }, 1 4 / 5  ->  ( 1 + 4 / 5 )
+    ("", r"(?<![\d^_.] )(?<!\S)(\d+) (\\frac \{ )?(\d+) (?(2)\} \{|/) (\d+)(?(2) \})(?!\S)", mixed),
+    # 0.1 \dot { 2 } \dot { 3 }  ->  ( 0.10 + 23 / 990 )
+    (".", rf"(\d*\.(\d*)) \\(?:overline|bar|dot) ({DIGIT}(?:(?: \d+)? \\dot {DIGIT})?)", repeating),
     # units and words
-    ("°", r"\^ (?:°|\{ ° \})", "°"),  # 45 ^ { ° }  ->  45 °
+    ("^", r'\^ (\{ )?(°|"(?:st|nd|rd|th)")(?(1) \})', r"\2"),  # 45 ^ { ° }  ->  45 °, 12 ^ { "th" }
     ("°", r"(\d+) ° (\d+) '", r"( \1 + \2 / 60 ) °"),  # 45 ° 30 '
-    ("°", r'° (?:"?C"?|"celsius")(?!\S)', '"celsius"'),  # 20 ° "C"
-    ("°", r'° (?:"?F"?|"fahrenheit")(?!\S)', '"fahrenheit"'),
-    ("Omega", r"(?<=[\d}] )\\Omega", '"Ω"'),  # 18 \Omega
-    ("$", r'\$ (\d\S*(?: "(?:hundred|thousand|\w+illion)")?)(?: "dollars?")?', r"\1 $"),  # $ 5  ->  5 $
+    ("°", r'° (?:"([CFcf])(?:elsius|ahrenheit)?"|([CF])(?!\S))', r'"deg\1\2"'),  # 20 ° "C"  ->  20 "degC"
+    ("Omega", r"(?<=[\d}] )\\Omega", '"Ω"'),  # 18 \Omega  ->  18 "Ω"
+    ("$", r'\$ ([\d.]\S*(?: "(?:hundred|thousand|\w+illion)")?)(?: "dollars?")?', r"\1 $"),  # $ 5  ->  5 $
+    ("", r"^([$€£]) (.*\d.*|\\.*)$", r"\2 \1"),  # € 5  ->  5 €, $ \frac { 1 } { 2 }
     ('"', r'\\frac \{ ("\w+") \} \{ ("\w+")((?: \^ \S+)?) \}', r"\1 / \2\3"),  # \frac { "m" } { "s" }
     ('"', r'(?<=[\d"}] )\( ((?:"\w+"|[/^°] |\d| )+) \)', r"\1"),  # 5 ( "cm" )  ->  5 "cm"
-    ('"', r'" \. "', '" "'),  # "sq" . "ft"
-    ('"', r'"(?:square|sq)" ("\w+")', r"\1 ^ 2"),  # "square" "feet"  ->  "feet" ^ 2
-    ('"', r'"(?:cubic|cu)" ("\w+")', r"\1 ^ 3"),
-    ('"', rf'(?<!\S)(\d+) (?:"of" )?{MONTH}(?!\S)|{MONTH} (\d+)(?!\S)', r'"\2\3\1\4"'),  # "june" 20
+    # "square" "feet"  ->  "feet" ^ 2
+    ('"', r'"(sq|cu)(?:uare|bic)?" ("\w+")', lambda m: f"{m[2]} ^ {2 if m[1] == 'sq' else 3}"),
+    # 20 "june", "june" 20  ->  "june20"
+    ('"', rf'(?:(?<!\S)(\d+) (?:"of" )?)?"({MONTH})"(?: (\d+))?(?!\S)', r'"\2\1\3"'),
     ('"re', r'(?:"all" )?"reals?" "numbers?"|"all" "reals?"', r"\\mathbb{R}"),  # "all" "real" "numbers"
     # "integer" k, k "is" "an" "integer"  ->  k ∈ \mathbb{Z}
     ('"in', r'(?:"any" )?"integers?" (\w)(?!\S)|(\w) (?:"is" )?(?:"any?" )?"integer"', r"\1\2 ∈ \\mathbb{Z}"),
     # sets and matrices
-    ("\\", rf"\\begin{MATRIX}(?: \{{ [clr| ]+ \}})?", "⟦"),  # \begin{array} { c c }
-    ("\\", rf"\\end{MATRIX}", "⟧"),
+    ("\\", r"\\begin\{(?:[pb]?matrix|smallmatrix|array|cases)\}(?: \{ [clr| ]+ \})?", "⟦"),
+    ("\\", r"\\end\{(?:[pb]?matrix|smallmatrix|array|cases)\}", "⟧"),
     ("{", r"\{ (\w)(?: ∈ \\mathbb\{R\})? [|:] ([^{}]*) \}", r"( \2 )"),  # { x | x > 2 }  ->  ( x > 2 )
     ("|", r"\| ([^|]*) \|", r"\\abs ( \1 )"),  # | x |  ->  \abs ( x )
     ("<", rf"{ABS} (<=?) {BOUND}", r"- ( \3 ) \2 \1 \2 \3"),  # \abs ( x ) < 2  ->  - ( 2 ) < x < 2
     (">", rf"{ABS} >(=?) {BOUND}", r"\1 >\2 \3 ∨ \1 <\2 - ( \3 )"),  # \abs ( x ) > 2
     (r"\l", r"\\l(floor|ceil) ", r"\\\1 ( "),  # \lfloor x )  ->  \floor ( x )
-    ("", r"([][]) ([^][,;⟦]*) [,;] ([^][,;⟦]*) ([][])", bounds),  # ] 1 , 2 [  ->  ( 1 , 2 )
+    ("", r"([][]) ([^][,;⟦]*) [,;] ([^][,;⟦]*) ([][])",  # ] 1 , 2 [  ->  ( 1 , 2 )
+     lambda m: f"{'[('[m[1] == ']']} {m[2]} , {m[3]} {'])'[m[4] == '[']}"),
     ("≡", r"\( ≡ ([^()]*) \)", r"≡ \1"),  # ( mod 7 )  ->  mod 7
     # names
     ("=", rf"(?:^|(?<=[,;∨&] ))(?:{NAMED})(?= =)", glue),
-    ("\\", rf"\\(?:overline|vec|hat|tilde|d?dot|overrightarrow|widehat) {GROUP}", glue),  # \overline { A B }
-    ("_", rf"(?:[^\W\d_]|\\[a-zA-Z]+) _ {GROUP}", glue),  # x _ { 2 }  ->  x_2
-    ("'", r"[^\W\d]\S*(?: ')+", glue),  # f ' '  ->  f''
+    # \overline { A B }, x _ { 2 }, f ' '  ->  \overlineAB, x_2, f'', but \log _ 2 stays
+    ("", rf"(?<!\S)(?!\\log )(?:{OVER} {GROUP}|\\?[^\W\d]\S*(?= [_']))(?: _ {GROUP})?(?: ')*", glue),
     ("(", r"(?<!\S)[fg]'* \( [^()]* \)", glue),  # f ( 2 )  ->  f2
     ("≈", rf"(?:^|(?<=[,;∨&] ))(?!\\pi|e )({NAME}) ≈", r"\1 ="),  # x ≈ 5  ->  x = 5
     (":", r'^((?:"\w+" )+): ', r"\1= "),  # "area" : 12
     ("=", r"^\( ([^()\d][^()]*) \) = \( ([^()]*) \)$", values),  # ( x , y ) = ( 3 , 4 )  ->  x = 3 , y = 4
-    ("_", r"(\w)_\d,\d(?= =)", r"\1"),  # x_1,2 = 1 ± 2
-    ("_1", r"^([a-z])_\d+ = [^,;∨&]*(?:[,;∨&] \1_\d+ = [^,;∨&]*)+$", unnumbered),  # x_1 = 2 , x_2 = 3
+    # x_1 = 2 , x_2 = 3  ->  x = 2 , x = 3
+    ("_", r"^([a-z])_(?:\d,\d = .*|\d+ = [^,;∨&]*(?:[,;∨&] \1_\d+ = [^,;∨&]*)+)$",
+     lambda m: re.sub(r"_[\d,]+ =", " =", m[0])),
     # x = k \pi "for" k ∈ \mathbb{Z}  ->  x = k \pi , k ∈ \mathbb{Z}
     ("∈", r' (?:, )?(?:\( |"(?:for|where|with|when|all|any|some)" )*(\w) ∈ (\S+)(?: \))?$', r" , \1 ∈ \2"),
 ]]
 
 
+# A number and a letter that may be its unit.
 LETTER_UNIT = re.compile(
-    r"^((?:\S+ = )?(?:- )?\d\S*(?: \* 10 \^ (?:\d+|\{ (?:- )?\d+ \}))?) ([KNJCVWLATF]|m(?= / s))(?= [/^]|$)")
+    r"^((?:\S+ = )?(?:- )?\d\S*(?: \* 10 \^ (?:\d+|\{ [- \d]+ \}))?) ([KNJCVWLATF]|m(?= / s))(?= [/^]|$)")
 
 
 def unit_name(word):
@@ -1508,81 +1472,66 @@ def unit_name(word):
     return word[:-1] if len(word) > 2 and word[-1] == "s" and word not in UNITS else word
 
 
+NFKC = partial(unicodedata.normalize, "NFKC")
+
+
 def scan(text, words_only):
     """Canonical tokens: numbers, "words" in quotes, single letters, \\commands and symbols."""
     if words_only:
         text = re.sub(r"(?<=[^\W\d_])['’-](?=[^\W\d_])|\b[Aa]n? (?=[a-z]{2})", "", text)  # isn't, a parabola
-    tokens, depth, prose = [], 0, PROSE.search(text) and PROSE.search(TEXTS.sub("", text))
+    tokens, depth, prose = [], 0, PROSE.search(re.sub(rf"{STYLE}\s*\{{[^{{}}]*\}}", "", text))
     for match in TOKEN.finditer(text):
         kind, token = match.lastgroup, "".join(match[0].split())
         if kind == "text":
             tokens += scan(match["text"], words_only=True)
-        elif kind == "small":
-            above, _, below = unicodedata.normalize("NFKC", token).partition("⁄")
-            above = scan(above, words_only=False)
-            tokens += [r"\frac", "{", *above, "}", "{", below, "}"] if below else ["^", "{", *above, "}"]
         elif kind == "number":
-            joined = SEPARATOR.sub("", token)
+            joined = re.sub(r"\{,\}|,?[^\d.,eE+-]+", "", token)  # 1{,}234
             tokens += re.split("(,)", joined) if depth else [joined.replace(",", "")]  # (1,234) is a pair
         elif kind == "word" and token not in SPELLINGS:
-            # 5 apples and 5cm end in words; 2lwh and 6abcd are products
+            # 5 apples, 5cm and 5 min end in words; 2lwh, 6abcd and 5min are products
             is_factor = text[match.start() - 1:match.start()].isdigit()
             word = token.lower().replace(".", "") if len(token) > 1 else token
-            is_word = words_only or unit_name(word) in PLAIN_UNITS or prose and not is_factor
+            is_product = token in ("in", "mi", "min") and not re.search(r"\d\s$", text[:match.start()][-2:])
+            is_word = words_only or unit_name(word) in UNITS and not is_product or prose and not is_factor
             is_name = token.istitle() and not is_factor
-            is_behind = len(token) > 1 and re.search(r"\d\s$", text[:match.start()][-2:])  # 12 in
-            is_unit = token in UNITS and (words_only or is_behind)
+            is_unit = words_only and token in UNITS
             tokens += [f'"{word}"'] if is_unit or len(token) > 1 and (is_word or is_name) else token
         elif kind != "dress":
             depth += token in ("(", "[", r"\{")
-            tokens.append(";" if kind == "row" else SPELLINGS.get(token, token))
+            tokens.append(SPELLINGS.get(token, token))
     return tokens
 
 
-def tokenize(text):
-    """The tokens of an answer, without its dress."""
+def tokenize(text, known=UNITS):
+    """The tokens of an answer, without its dress; behind a number, a letter is a unit if it is not known."""
     require(len(text) <= MAX_TEXT, "too_big")
+    if not text.isascii():
+        text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{" + NFKC(m[0]) + "}", text)  # x²
+        text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{" + NFKC(m[0]).replace("⁄", "}{") + "}", text)  # ½
     if len(text) < 100 and CHOICES.fullmatch(text):
         return " , ".join(re.findall(r"[A-J](?![a-z])|[①-⑳]", text)).split()
     line = " ".join(scan(text, words_only=WORDS.fullmatch(text.strip("$ .")) is not None))
     for part, pattern, new in REWRITES if " " in line else ():
         line = pattern.sub(new, line) if part in line else line
-    return line.split()
-
-
-def with_units(tokens, gold):
-    """The tokens of a number and a letter, the letter as a unit unless the gold has that variable."""
-    return LETTER_UNIT.sub(lambda m: m[0] if m[2] in gold else f'{m[1]} "{m[2]}"', " ".join(tokens)).split()
+    return LETTER_UNIT.sub(lambda m: m[0] if m[2] in known else f'{m[1]} "{m[2]}"', line).split()
 
 
 # --- What an answer can be: an expression is a list of samples (see Arithmetic), words are a str, the rest is
 
+ZERO, MINUS_ONE, UNDEFINED = Fraction(0), [Fraction(-1)], [None]
+
 Ordered = namedtuple("Ordered", "brackets items")  # a tuple or interval, a ratio ":", a matrix with its "&;&"
 Unordered = namedtuple("Unordered", "joint items")  # a "set" or list, "all" of several claims, "∪" of others
 Reals = namedtuple("Reals", "points test")  # a set of reals: test(x) if it holds x, changes at points only
-Dressed = namedtuple("Dressed", "kind name value")  # a "unit" and a value, or "∈": a variable and its values
-Relation = namedtuple("Relation", "op label value sides")  # sides[0] op sides[1], or label = value
+Measured = namedtuple("Measured", "unit value")
+# label op value, or sides[0] op sides[1]
+Relation = namedtuple("Relation", "op label value sides", defaults=[(UNDEFINED, UNDEFINED)])
 
-UNUSABLE = {type(None), float}
-ZERO, MINUS_ONE, UNDEFINED = Fraction(0), [Fraction(-1)], [None]
+CONSTANTS = {"e": [+MP.e], "i": [MP.j], r"\pi": [+MP.pi], r"\infty": [math.inf], '"nan"': UNDEFINED,
+             r"\emptyset": Unordered("set", ()), r"\mathbb{R}": Reals([], lambda x: True)}
 
 
 # --- Arithmetic and comparison, within a budget
-
-
-class PerThread(threading.local):
-    """An mpmath context for each thread, as the precision of the global one is not ours to change."""
-
-    def __init__(self):
-        self.mp = mpmath.MPContext()
-        self.mp.dps = DIGITS
-        self.constants = {
-            "e": [+self.mp.e], "i": [self.mp.j], r"\pi": [+self.mp.pi],
-            r"\infty": [math.inf], r"-\infty": [-math.inf], '"nan"': UNDEFINED,
-            r"\emptyset": Unordered("set", ()), r"\mathbb{R}": Reals([], lambda x: True)}
-
-
-LOCAL = PerThread()
 
 
 class Arithmetic:
@@ -1592,10 +1541,7 @@ class Arithmetic:
     undefined. A float is always an infinity: it can be compared, and any arithmetic with it is undefined.
     """
 
-    def __init__(self):
-        self.mp = LOCAL.mp
-        self.cost = 0
-        self.complex = False  # whether i was met
+    cost = 0
 
     def pay(self, cost):
         """Count the cost of what is done, up to MAX_COST."""
@@ -1604,14 +1550,13 @@ class Arithmetic:
 
     def bits(self, x):
         """The bits of a fraction, the binary exponent of another number."""
-        exact = type(x) is Fraction
-        size = x.numerator.bit_length() + x.denominator.bit_length() if exact else abs(self.mp.mag(x or 1))
+        size = (x.numerator * x.denominator).bit_length() if type(x) is Fraction else abs(MP.mag(x or 1))
         self.pay(3 + size // 20)
         return size
 
     def compute(self, name, *xs):
         """A function or operator of single numbers, None if undefined. To be rounded, xs must be short."""
-        if not UNUSABLE.isdisjoint(map(type, xs)):
+        if not {type(None), float}.isdisjoint(map(type, xs)):
             return None
         try:
             y = OPERATORS[name](*xs) if name in OPERATORS else self.function(name, *xs)
@@ -1620,8 +1565,7 @@ class Arithmetic:
         if type(y) is Fraction:
             require(self.bits(y) <= MAX_BITS, "too_big")
             return y
-        for x in xs:
-            require(self.bits(x) <= DIGITS, "too_big")
+        require(max(map(self.bits, xs)) <= DIGITS, "too_big")
         is_zero = name in "+-" or name in FUNCTIONS and name != r"\exp" and Fraction not in map(type, xs)
         require(abs(y) > TINY or y == 0 or is_zero, "too_big")  # sin(pi) is 0, e^-1000 is not
         return y if abs(y) > TINY else ZERO
@@ -1646,35 +1590,31 @@ class Arithmetic:
         if type(y) is Fraction and y.denominator % 2 and x.real < 0 and abs(x.imag) < TINY:
             return self.power(-x.real, y) * (-1) ** (y.numerator % 2)
         self.pay(DIGITS)
-        return self.mp.power(x, y)
+        return MP.power(x, y)
 
     def function(self, name, *xs):
         """A function or operator of single numbers; ArithmeticError or ValueError where it is undefined."""
         if name == "^":
             return self.power(*xs)
-        exact = name in EXACT and all(type(x) is Fraction for x in xs)
-        if exact or name not in FUNCTIONS:
+        if name not in FUNCTIONS or name in EXACT and set(map(type, xs)) == {Fraction}:
             require(name not in (r"\binom", "!", "!!") or max(xs) <= 1500, "too_big")
             return Fraction(EXACT[name](*(int(x) if x == int(x) else x for x in xs)))
         self.pay(DIGITS)
         require(abs(xs[0]) <= 10**6, "too_big")
-        y = getattr(self.mp, FUNCTIONS[name])(*xs)
-        if not abs(y) < 1 / TINY:
-            raise ZeroDivisionError("a pole")
-        return y
+        y = FUNCTIONS[name](*xs)
+        return y if abs(y) < 1 / TINY else 1 / ZERO  # not at a pole
 
     def variable(self, name):
-        """Samples of a variable: fractions of either sign, then positive integers."""
+        """Samples of a variable: positive integers, then fractions of either sign."""
         bits = [zlib.crc32(f"{name} {k}".encode()) for k in range(POINTS)]
-        signs = [-1 if k > 1 and bits[k] & 1024 else 1 for k in range(6)]
-        fractions = [Fraction(sign * (3 + b % 53), 37) for sign, b in zip(signs, bits)]
-        return fractions + [Fraction(2 + b % 11) for b in bits[6:]]
+        fractions = [Fraction(3 + b % 53, -37 if b & 1024 else 37) for b in bits[:6]]
+        return [Fraction(2 + b % 11) for b in bits[6:]] + fractions
 
     def order(self, x, y):
         """The sign of x - y, or just something but 0 if they are not real."""
         self.pay(5)
         if type(x) is type(y) is Fraction or float in (type(x), type(y)):
-            return (x.real > y.real) - (x.real < y.real)
+            return 0 if x == y else 1 if x.real > y.real else -1
         gap = self.compute("-", x, y)
         return 0 if gap == 0 else 1 if gap.real > 0 else -1
 
@@ -1684,9 +1624,10 @@ class Arithmetic:
         self.pay(count)
         pairs = zip(a * (count // len(a)), b * (count // len(b)))
         defined = [(x, y) for x, y in pairs if x is not None and y is not None]
-        if count > 1 and not self.complex:  # a real function is not compared where it is not real
-            defined = [(x, y) for x, y in defined if abs(x.imag) < TINY or abs(y.imag) < TINY]
-        return len(defined) >= (3 if count > 1 else 1) and all(self.order(x, y) == 0 for x, y in defined)
+        real = [(x, y) for x, y in defined if abs(x.imag) < TINY or abs(y.imag) < TINY]
+        enough = 3 if count > 1 else 1
+        compared = real if len(real) >= enough else defined  # a real function only where it is real
+        return len(compared) >= enough and all(self.order(x, y) == 0 for x, y in compared)
 
     def proportional(self, a, b, positive):
         """Whether a is b times a constant that is not zero, or even positive."""
@@ -1699,13 +1640,12 @@ class Arithmetic:
     def probes(self, points):
         """The points, one real between any two neighbors, and one at either end."""
         rising = sorted(points, key=cmp_to_key(self.order)) or [ZERO]
-        pairs = zip(rising, rising[1:])
-        middles = [self.compute("*", self.compute("+", low, high), Fraction(1, 2)) for low, high in pairs]
+        middles = [self.compute("*", Fraction(1, 2), self.compute("+", *x)) for x in zip(rising, rising[1:])]
         return [rising[0] - 1, *rising, *middles, rising[-1] + 1]
 
     def reals(self, node):
         """An interval or a set of numbers as Reals; None if a node is nothing of the kind."""
-        node = node.value if type(node) is Dressed else node
+        node = node.value if type(node) in (Relation, Measured) else node
         node = Unordered("set", (node,)) if type(node) is list else node
         is_set = type(node) is Unordered and node.joint == "set"
         is_interval = type(node) is Ordered and node.brackets in BRACKETS and len(node.items) == 2
@@ -1717,12 +1657,13 @@ class Arithmetic:
         points = [x for x in values if type(x) is not float]
         if is_set:
             return Reals(points, lambda x: any(self.order(x, y) == 0 for y in points))
-        above, below = (RELATIONS[op] for op in BRACKETS[node.brackets])
-        low, high = values
+        (low, above), (high, below) = zip(values, BRACKETS[node.brackets])
         return Reals(points, lambda x: self.order(x, low) in above and self.order(x, high) in below)
 
     def joined(self, op, a, b):
-        """a ∪ b, a ∩ b, a ∖ b as Reals if they are that, or a : b."""
+        """a ∪ b, a ∩ b, a ∖ b as Reals if they are that, or a : b, or a modulo b."""
+        if op == "≡":
+            return Measured(f"mod {b}", self.call(op, a, b))
         x, y = self.reals(a), self.reals(b)
         if op != ":" and x and y:
             keep = {"∪": operator.or_, "∩": operator.and_, "∖": operator.gt}[op]
@@ -1733,7 +1674,7 @@ class Arithmetic:
     def same(self, a, b):
         """Whether two answers, as read by Reader, are equal."""
         self.pay(1)
-        for shape in (Relation, Dressed):  # a label or unit that only one has is dropped
+        for shape in (Relation, Measured):  # a label or unit that only one has is dropped
             if (type(a) is shape) != (type(b) is shape):
                 return self.same(*(x.value if type(x) is shape else x for x in (a, b)))
         if {type(a), type(b)} == {Ordered, Unordered} and Relation in map(type, a.items + b.items):
@@ -1745,29 +1686,25 @@ class Arithmetic:
         if type(a) is list:
             return self.equal(a, b)
         if type(a) is Relation:
-            if a.op == b.op and a.label == b.label != "" and self.same(a.value, b.value):
-                return True
             gaps = (self.call("-", *x.sides) for x in (a, b))
-            return a.op == b.op and self.proportional(*gaps, positive=a.op[0] == ">")
+            are_alike = a.label == b.label != "" and self.same(a.value, b.value)
+            return a.op == b.op and (are_alike or self.proportional(*gaps, positive=a.op[0] == ">"))
         if type(a) is Reals:
             return all(a.test(x) == b.test(x) for x in self.probes(a.points + b.points))
         if type(a) is str:
-            return a == b or {a, b} in ({"°", "celsius"}, {"°", "fahrenheit"})
+            return a == b or {a, b} in ({"°", "degC"}, {"°", "degF"})
         if type(a) is Unordered and a.joint == b.joint:  # each as often here as there
-            for x in a.items + b.items:
-                here, there = (sum(self.same(x, y) for y in node.items) for node in (a, b))
-                if here != there or here == 0:
-                    return False
-            return True
+            here, there = ([sum(self.same(x, y) for y in c.items) for x in a.items + b.items] for c in (a, b))
+            return here == there and 0 not in here
         return len(a) == len(b) and all(map(self.same, a, b))
 
 
 # --- The grammar
 
 # What may stand before "=" as a mere label of the value: x, a_n, f(x), (x, y), V_1 : V_2, AB, Area.
-LABEL = r'NAME(?: : NAME)*|\( NAME(?: , NAME)+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+'.replace("NAME", NAME)
+LABEL = rf'{NAME}(?: : {NAME})*|\( {NAME}(?: , {NAME})+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+'
 POWER = r"\^ (?:(?:- )?\d+|\{ (?:- )?\d+ \})"
-UNIT = re.compile(rf'(?:"\w+"|[°%$€£¢])(?: (?:"\w+"|[/*%$°]|(?<=/ )\w(?!\S)|{POWER}))*(?!\S)')
+UNIT = re.compile(rf'(?:"\S*|[°%$€£¢])(?: (?:"\w+"|[/*%$°]|(?<=/ )\w(?!\S)|{POWER}))*(?!\S)')
 
 
 class Reader(Arithmetic):
@@ -1784,28 +1721,23 @@ class Reader(Arithmetic):
 
     def parse(self, tokens):
         """The answer that all the tokens are."""
-        self.tokens, self.i = [*tokens, " "], 0
+        self.tokens, self.i = [*tokens, " ", " "], 0
         self.next = self.tokens[0]  # to be read
         self.depth, self.angle, self.names = 0, 0, []  # nesting, functions around, variables met
-        self.complex = self.complex or not {"i", r"\cis"}.isdisjoint(tokens)
-        node = self.items()
+        node = self.collected(*self.listed())
         require(self.next == " ")
         return node
 
-    def accept(self, *tokens):
-        """Use up and return the next token if it is one of these, else None."""
+    def take(self, count=1):
+        """Use up and return the next token, or skip several."""
         token = self.next
-        if token not in tokens or token == " ":
-            return None
-        self.i += 1
+        self.i += count
         self.next = self.tokens[self.i]
         return token
 
-    def need(self, *tokens):
-        """The same, but anything else is refused."""
-        token = self.accept(*tokens)
-        require(token)
-        return token
+    def accept(self, *tokens):
+        """Use up and return the next token if it is one of these, else None."""
+        return self.take() if self.next in tokens else None
 
     def listed(self):
         """Items and the separators between them."""
@@ -1814,27 +1746,22 @@ class Reader(Arithmetic):
             if self.next not in (*SEPARATORS, "⟧"):
                 items.append(self.relation())
                 separators += separator
-        return tuple(items), separators
+        return items, separators
 
-    def items(self):
-        """Items between separators: the only one, or a set of them."""
-        found, separators = self.listed()
+    def collected(self, found, separators):
+        """The only item, or a set of them, or several inequalities in one variable as one set of reals.
+
+        A comma between these means "and", or "or" where nothing could be both.
+        """
         if len(found) == 1:
             return found[0]
-        if all(type(x) is Dressed and x[:2] == ("∈", found[0].name) and self.reals(x.value) for x in found):
-            return self.merged(found, separators)
-        are_claims = all(type(x) in (Dressed, Relation) and x[0] in ("∈", ">", ">=", "!=") for x in found)
-        return Unordered("all" if are_claims and set(separators) == {"&"} else "set", found)
-
-    def merged(self, found, separators):
-        """Several inequalities in one variable; a comma means "and", or "or" where nothing could be both."""
-        either = both = self.reals(found[0].value)
-        for x in found[1:]:
-            either = self.joined("∪", either, x.value)
-            both = self.joined("∩", both, x.value)
+        if not all(type(x) is Relation and x[:2] == ("∈", found[0].label) and self.reals(x) for x in found):
+            are_claims = all(type(x) is Relation and x.op != "=" for x in found)
+            return Unordered("all" if are_claims and set(separators) == {"&"} else "set", tuple(found))
+        either, both = (reduce(partial(self.joined, op), found) for op in "∪∩")
         can_be_both = any(map(both.test, self.probes(both.points)))
         means_both = "&" in separators or "∨" not in separators and can_be_both
-        return Dressed("∈", found[0].name, both if means_both else either)
+        return Relation("∈", found[0].label, both if means_both else either)
 
     def relation(self):
         """a = b, a < b <= c, x ∈ S."""
@@ -1844,68 +1771,53 @@ class Reader(Arithmetic):
             return sides[0]
         label = re.fullmatch(LABEL, " ".join(self.tokens[start:self.i]))
         while op := self.accept(*SIDES):
-            ops.append(op)
-            sides.append(self.expression())
-            require(len(sides) < 10, "too_big")
-        if "≈" in ops:  # what follows 1/3 ≈ is no part of the answer
-            ops = ops[:ops.index("≈")]
-            require(self.near(*sides[len(ops):len(ops) + 2]))  # not 5 ≈ 6
-            sides = sides[:len(ops) + 1]
+            side = self.expression()
+            if op == "≈":  # what follows 1/3 ≈ is no part of the answer
+                a, b = (x.value if type(x) is Measured else x for x in (sides[-1], side))
+                error = self.call(r"\abs", self.call("/", self.call("-", a, b), a))
+                require(len(error) == 1 and error != UNDEFINED and error[0] <= 0.01)  # not 5 ≈ 6
+            else:
+                ops.append(op)
+                sides.append(side)
         if not ops:
             return sides[0]
-        if ops == ["∈"] and label:
-            return Dressed("∈", label[0], sides[1])
-        if set(ops) == {"="}:
-            return self.equation(label[0] if label else "", sides)
+        if set(ops) in ({"="}, {"∈"}):
+            return self.equation(ops[0], label[0] if label else "", sides)
         names = set(self.names[known:])
-        claims = [self.claim(op, a, b, names) for op, a, b in zip(ops, sides, sides[1:])]
-        if all(type(claim) is Dressed for claim in claims):
-            return self.merged(claims, "&")
-        return Unordered("all", tuple(claims)) if len(claims) > 1 else claims[0]
+        return self.collected([self.claim(op, a, b, names) for op, a, b in zip(ops, sides, sides[1:])], "&")
 
-    def near(self, a, b):
-        """Whether numbers, with units or without, differ by at most 1 %."""
-        a, b = (x.value if type(x) is Dressed else x for x in (a, b))
-        error = self.call(r"\abs", self.call("/", self.call("-", a, b), a))
-        return len(error) == 1 and error != UNDEFINED and error[0] <= 0.01
-
-    def equation(self, label, sides):
-        """left = right; a chain of equals is one value, and refused if they differ."""
-        is_equation = all(type(side) is list for side in sides)
+    def equation(self, op, label, sides):
+        """left = right, x ∈ S; a chain of equals is one value, and refused if they differ."""
+        is_equation = op == "=" and all(type(side) is list for side in sides)
+        require(label or op == "=")
         if not label and len(sides) == 2 and is_equation and len(sides[0] + sides[1]) > 2:
             return Relation("=", "", UNDEFINED, sides)
         values = sides[1:] if label else sides
         require(all(self.same(value, values[-1]) for value in values))  # not 41 = 43
-        return Relation("=", label or "value", values[-1], sides[:2] if is_equation else [UNDEFINED] * 2)
+        compared = sides[:2] if is_equation else (UNDEFINED, UNDEFINED)
+        return Relation(op, label or "value", values[-1], compared)
 
     def claim(self, op, a, b, names):
         """An inequality; as a set of reals if it is linear in the only variable."""
-        a, b, op = (b, a, op.replace("<", ">")) if op[0] == "<" else (a, b, op)
-        gap, x = self.call("-", a, b), self.variable(*names) if len(names) == 1 else UNDEFINED * 2
+        gap, x = self.call("-", a, b), self.variable(*names) if len(names) == 1 else UNDEFINED
         require(len(gap) > 1 and op in RELATIONS)
-        rise, run = (self.call("-", y[:1], y[1:2]) for y in (gap, x))
-        root = self.call("-", x[:1], self.call("*", gap[:1], self.call("/", run, rise)))
-        for slope in (1, -1):
-            line = self.call("*", [Fraction(slope)], self.call("-", x, root))
-            if self.proportional(gap, line, positive=True):
-                signs = RELATIONS[op]
-                return Dressed("∈", *names, Reals(root, lambda t: slope * self.order(t, root[0]) in signs))
-        return Relation(op, "", UNDEFINED, (a, b))
-
-    def rest(self):
-        """The tokens that are still to be read, as one text."""
-        return " ".join(self.tokens[self.i:-1])
+        rise, run = (self.call("-", y[:1], y[-1:]) for y in (gap, x))
+        slope = self.call("/", rise, run)
+        root = self.call("-", x[:1], self.call("/", gap[:1], slope))
+        if not self.equal(gap, self.call("*", slope, self.call("-", x, root))):
+            return Relation(op.replace("<", ">"), "", UNDEFINED, (b, a) if op[0] == "<" else (a, b))
+        signs = [sign * self.order(slope[0], ZERO) for sign in RELATIONS[op]]
+        return Relation("∈", *names, Reals(root, lambda t: self.order(t, root[0]) in signs))
 
     def measured(self, node, words):
         """A node with its trailing words: only a unit among them is kept."""
-        self.i += len(words)
-        self.next = self.tokens[self.i]
+        self.take(len(words))
         while words and unit_name(words[0]) in FACTORS:  # 2 million
             node = self.call("*", node, [FACTORS[unit_name(words.pop(0))]])
         require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)
         parts = [UNITS.get(unit_name(word), "" if word.isalpha() else word) for word in words]
         name = "".join(parts[:parts.index("")] if "" in parts else parts)
-        return Dressed("unit", name, node) if name else node
+        return Measured(name, node) if name else node
 
     def expression(self, level=-1):
         """Operands joined by the operators of LEVELS from this level on, with units down to level 0."""
@@ -1914,17 +1826,15 @@ class Reader(Arithmetic):
         sign = self.accept("+", "-")
         node = self.expression(max(level, 1)) if sign else self.atom()
         if sign == "-":
-            node = self.call("*", MINUS_ONE, node)
+            node = [-math.inf] if node == [math.inf] else self.call("*", MINUS_ONE, node)
         while True:
             op = "*" if self.starts_factor() else self.next
             if self.angle and self.accept("°"):
-                node = self.call("*", node, [self.mp.pi / 180])
+                node = self.call("*", node, [MP.pi / 180])
             elif self.next in ("!", "!!"):
-                node = self.call(self.need(self.next), node)
-            elif level <= 0 and self.accept("≡"):
-                modulus = self.expression(0)
-                node = Dressed("unit", f"mod {modulus}", self.call("≡", node, modulus))
-            elif level <= 0 and self.next[0] in '"°%$€£¢' and (unit := UNIT.match(self.rest())):
+                node = self.call(self.take(), node)
+            elif level <= 0 and self.next[0] in '"°%$€£¢':
+                unit = UNIT.match(" ".join(self.tokens[self.i:-2]))
                 node = self.measured(node, unit[0].replace('"', "").split())
             elif LEVELS.get(op, -9) >= level:
                 self.accept(op)
@@ -1940,24 +1850,24 @@ class Reader(Arithmetic):
 
     def atom(self):
         """A number, name, bracket, root, fraction, function or matrix: what an operator applies to."""
-        token = self.need(self.next)
+        token = self.take()
         if token[0] in "0123456789." and token != ".":
             is_exponent = self.tokens[self.i - 2] in ("^", "_")
             require(is_exponent or self.next[0] not in "0123456789.")  # 2^6 3^5, but not 2 3
-            return [Fraction(token)]
+            return [Fraction(int(token) if token.isdigit() else token)]
         if token in ("(", "[", "{"):
             return self.bracket(token)
-        if token in LOCAL.constants:
-            return LOCAL.constants[token]
+        if token in CONSTANTS:
+            return CONSTANTS[token]
         if len(token) == 3 and token[0] == '"':  # a letter in \text
             token = token[1]
         if token[0] in '"#':
             words = [token]
             while token[0] == self.next[0] == '"':
-                words.append(self.need(self.next))
+                words.append(self.take())
             return " ".join(unit_name(word.strip('"')) for word in words)
         if token in (r"\frac", r"\binom"):
-            return self.call("/" if token == r"\frac" else token, self.atom(), self.atom())
+            return self.call(token.replace(r"\frac", "/"), self.atom(), self.atom())
         if token == r"\sqrt":
             index = self.bracket("[") if self.accept("[") else [Fraction(2)]
             return self.call("^", self.atom(), self.call("/", [Fraction(1)], index))
@@ -1965,18 +1875,16 @@ class Reader(Arithmetic):
             return self.named(token)
         if token == "⟦":
             entries, shape = self.listed()
-            self.need("⟧")
-            return Ordered(shape or "&", entries)
-        if token in ("$", "€", "£"):
-            return Dressed("unit", UNITS[token], self.atom())
+            require(self.accept("⟧"))
+            return Ordered(shape or "&", tuple(entries))
         require(re.fullmatch(NAME, token))
         self.names.append(token)
         return self.variable(token)
 
     def bracket(self, opening):
         """The rest of a bracket: a tuple or interval if it holds several items, else what is in it."""
-        node = Unordered("set", ()) if self.next == "}" else self.items()
-        brackets = opening + self.need(")", "]", "}")
+        node = Unordered("set", ()) if self.next == "}" else self.collected(*self.listed())
+        brackets = opening + self.take()
         if type(node) is Unordered and node.joint == "set" and brackets in BRACKETS:
             return Ordered(brackets, node.items)
         require(brackets in ("()", "[]", "{}"))
@@ -2001,16 +1909,9 @@ class Reader(Arithmetic):
 # --- Judging
 
 
-def plain(text):
-    """The value of a plain integer, decimal or fraction, else None: it spares most pairs all of the above."""
-    text = re.sub(r"^(-?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text)
-    is_plain = re.fullmatch(r"-?[0-9]{1,99}(?:\.[0-9]{1,99}|/[1-9][0-9]{0,99})?", text)
-    return Fraction(text) if is_plain else None
-
-
 def gold_of(answer):
     """The bare answer of a gold, which may be a solution that ends in `#### x` or has a box."""
-    return extract_answer(answer) if re.search(r"\\(?:boxed|fbox)|####", answer) else answer
+    return extract_answer(answer) if "####" in answer or BOX.search(answer) else answer
 
 
 def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, str | None]:
@@ -2018,32 +1919,25 @@ def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, 
 
     `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `thinking`
     says that the prompt opened a thought. `cause` is None when both could be compared, else "no_answer",
-    "unparsed" or "too_big": work is bounded before it is done, so there is no timeout. Never executes
-    anything, never raises, changes nothing, keeps nothing.
+    "unparsed" or "too_big", and then only the same tokens are equal. Work is bounded before it is done, so
+    there is no timeout. Never executes anything, never raises, changes nothing, keeps nothing.
     """
     given, gold = extract_answer(completion, thinking), gold_of(answer)
     if given is None or gold is None:
         return 0.0, "no_answer"
-    numbers, tokens = (plain(given), plain(gold)), []
-    if None not in numbers:
-        return float(numbers[0] == numbers[1]), None
+    tokens = [[], []]
     try:
-        tokens = [tokenize(given), tokenize(gold)]
-        tokens[0] = with_units(tokens[0], tokens[1])
+        known = tokenize(gold)
+        tokens = [tokenize(given, known), known]
         reader = Reader()
         return float(reader.same(*map(reader.read, tokens))), None
     except Refused as refused:
-        are_alike = tokens and tokens[0] == tokens[1] != []
-        return (1.0, None) if are_alike else (0.0, refused.args[0])
+        return float(tokens[0] == tokens[1] != []), refused.args[0]
 
 
 def readable(answer: str) -> bool:
     """Whether a gold can be read; one that cannot is only compared as text."""
-    try:
-        Reader().read(tokenize(gold_of(answer) or ""))
-    except Refused:
-        return False
-    return True
+    return grade(rf"\boxed{{{gold_of(answer)}}}", answer)[1] is None
 
 
 def verify(completion: str, answer: str, thinking: bool = False) -> float:
@@ -2080,19 +1974,8 @@ def load_or_explain(name: str, what: str, load):
     """load(), with the failure to find or read `name`, a path or a name on the hub, told in one sentence."""
     if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
         raise UserError(f"the {what} {name} does not exist")
-    try:
+    with explained_as(f"the {what} {name} can be read neither here nor from the hub"):
         return load()
-    except UserError:
-        raise
-    except Exception as error:  # the files are anybody's, and libraries raise whatever they stumble over
-        raise UserError(f"the {what} {name} can be read neither here nor from the hub: {cause_of(error)}")
-
-
-def cause_of(error: BaseException) -> str:
-    """An error in one line; where it only says that there was another, that one."""
-    while str(error) == "An error occurred while generating the dataset" and error.__cause__:
-        error = error.__cause__
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
@@ -2215,10 +2098,8 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = Fa
         reason = ("without an answer" if not golds and not own_reward else
                   "without a question in text" if not text.strip() else
                   "with broken UTF-8" if broken else "")
-        try:
+        with explained_as(f"row {number} of {name} cannot be made a prompt"):  # a template is a program
             ids = [] if reason else encode(tokenizer, messages, cfg.thinking)
-        except Exception as error:  # a chat template is a program of its own: it may raise anything
-            raise UserError(f"row {number} of {name} cannot be made a prompt: {cause_of(error)}")
         if not reason and not 0 < len(ids) <= cfg.max_prompt_tokens:
             reason = f"with a prompt over {cfg.max_prompt_tokens} tokens" if ids else "with no token to ask"
         if reason:
@@ -2296,6 +2177,9 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
         missing = sorted(found["missing_keys"])
         raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would be random")
     if base_folder(path) != path:
+        if lora:
+            raise UserError(f"{path} holds adapters, and new ones would be saved without them: train it without "
+                            "--lora, or save it merged")
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     try:
@@ -2332,7 +2216,7 @@ def trained_weights(model) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class MasterAdamW:
+class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies of the weights ("masters") on a device of their own; one tensor at a time goes there.
 
     Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size. Gradients are
@@ -2344,15 +2228,11 @@ class MasterAdamW:
         for weight in self.weights:
             weight.grad_dtype = torch.float32
         self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
-        self.adam = torch.optim.AdamW(self.masters, fused=True, **options)
+        super().__init__(self.masters, fused=True, **options)
         pinned = device.type == "cpu" and self.weights[0].is_cuda  # faster on the way
         largest = max(weight.numel() for weight in self.weights)
         self.down = torch.empty(largest, device=device, pin_memory=pinned)
         self.up = torch.empty(largest, dtype=self.weights[0].dtype, device=device, pin_memory=pinned)
-
-    @property
-    def param_groups(self):
-        return self.adam.param_groups
 
     @torch.no_grad()
     def step(self):
@@ -2360,7 +2240,7 @@ class MasterAdamW:
         for weight, master in zip(self.weights, self.masters):
             if weight.grad is not None:
                 master.grad = self.down[:weight.numel()].view_as(weight).copy_(weight.grad)
-                self.adam.step()  # of this one: no other has a gradient
+                super().step()  # of this one: no other has a gradient
                 master.grad = None
                 weight.copy_(self.up[:weight.numel()].view_as(weight).copy_(master))
 
@@ -2369,20 +2249,13 @@ class MasterAdamW:
             weight.grad = None
 
     def state_dict(self):
-        return {"masters": self.masters, "adam": self.adam.state_dict()}
+        return {"masters": self.masters, "adam": super().state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        load_adam(self.adam, state["adam"])
+        super().load_state_dict(state["adam"])
         for weight, master, saved in zip(self.weights, self.masters, state["masters"]):
             weight.copy_(master.copy_(saved))
-
-
-def load_adam(adam, state: dict) -> None:
-    """Load a state whose tensors lie in a mapped file: each is copied by itself, so that nothing is there twice."""
-    adam.load_state_dict(state)
-    for moments in adam.state.values():
-        moments.update({name: value.clone() for name, value in moments.items()})
 
 
 def make_optimizer(model, cfg: Config):
@@ -2400,14 +2273,16 @@ CGROUP = Path("/sys/fs/cgroup")  # where a container is told its limits
 
 def free_memory(device: str) -> float:
     """Bytes that can be had on a device now; infinite where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what an earlier run of this process has kept
+        return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text() if meminfo.exists() else "")
     free = int(found[1]) * 1024 if found else math.inf
     if (CGROUP / "memory.max").exists() and (CGROUP / "memory.max").read_text().strip().isdigit():
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        files = re.findall(r"^(?:in)?active_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - used + sum(map(int, files)))  # what was read can be forgotten
     return free
 
 
@@ -2428,13 +2303,15 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     UserError for what cannot fit.
     """
     here, gpu, c = device.type, device.type == "cuda", shapes.config.get_text_config()
-    free = {name: free_memory(name) * MEMORY_SHARE for name in ("cpu", here)}
+    free = {"cpu": free_memory("cpu") * MEMORY_SHARE, here: free_memory(str(device)) * MEMORY_SHARE}
     old_run = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())  # is replaced, or goes
     free["disk"] = shutil.disk_usage(out).free + old_run
     dtype = ("bfloat16" if gpu else "float32") if cfg.dtype == "auto" else cfg.dtype
     size, parameters = getattr(torch, dtype).itemsize, shapes.num_parameters()
     weights, trained, trained_size = parameters * size, parameters, size
-    if cfg.lora:
+    if not cfg.steps:  # only to be evaluated
+        trained = 0
+    elif cfg.lora:
         linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
         trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
     crowded = free[here] / 10 < trained * 12 < free["cpu"]
@@ -2504,8 +2381,9 @@ def demo_rows(seed: int) -> tuple[list[dict], ...]:
     return rows[:DEMO_EVAL], rows[DEMO_EVAL:-DEMO_TRAIN], rows[-DEMO_TRAIN:]
 
 
-def demo_model(device):
-    """A Qwen3 of 0.3M parameters with random weights, and a tokenizer of single characters."""
+def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
+    """Make a Qwen3 of 0.3M parameters, warm-start it on worked examples, and save it and its tokenizer."""
+    torch.manual_seed(cfg.seed)
     vocabulary = ["<pad>", "<eos>", *sorted(set("0123456789+=? \\boxed{}"))]
     characters = Tokenizer(tokenizer_models.BPE({c: i for i, c in enumerate(vocabulary)}, merges=[]))
     characters.decoder = decoders.Fuse()
@@ -2515,21 +2393,14 @@ def demo_model(device):
         vocab_size=len(vocabulary), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
-    return transformers.Qwen3ForCausalLM(config).to(device), tokenizer
-
-
-def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
-    """Make the tiny model and its tokenizer, warm-start it on worked examples, and save both to `folder`."""
-    torch.manual_seed(cfg.seed)
-    model, tokenizer = demo_model(device)
+    model = transformers.Qwen3ForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     run = Run(model, tokenizer, optimizer, tracker=None)
     prompts = [tokenizer(row["problem"]).input_ids for row in warm]
     solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm]
     tokens = padded(solutions, device)  # (n, T)
     mask = padded([[1.0] * len(s) for s in solutions], device)  # (n, T)
-    not_trained_on = zip(warm[:256], prompts)
-    probe = [Problem(row["problem"], ids, row["answer"], (row["answer"],), {}) for row, ids in not_trained_on]
+    probe = read_problems(warm[:256], tokenizer, cfg, "the warm start")  # not trained on
     bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
     for step in bar:
         generator = rng("cpu", cfg.seed, "warm start", step)
@@ -2541,8 +2412,7 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0:
-            generator = rng(device, cfg.seed, "probe", step)
-            right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
+            right = evaluate(run, {"probe": probe}, cfg, rng(device, cfg.seed, "probe", step))["eval_pass@1"]
             bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
             if right >= cfg.warm_start:
                 break
@@ -2558,8 +2428,7 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 # What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
-STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
+STOP_SIGNALS = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 LOGS = ("metrics.jsonl", "samples.jsonl")
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
 # What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
@@ -2567,37 +2436,38 @@ MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes
               "show_every", "cache_tokens", "microbatch_tokens", "tracker"}
 
 
-def run_folder(cfg: Config) -> Path:
-    """The run's folder, made and writable; UserError where it cannot be."""
-    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
-    out = Path(cfg.out or Path("runs") / name).expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"the output folder {out} cannot be written: {error.strerror}")
-    return out
+def run_files(out: Path) -> list[Path]:
+    """What a run has left in its folder."""
+    names = [path for path in (out / name for name in RUN_FILES) if path.exists() or path.is_symlink()]
+    return [*names, *out.glob("model-[0-9]*")]
 
 
 @contextmanager
-def locked(out: Path):
-    """Holds the run's folder for this process alone; the system lets go of it however the process ends."""
-    with open(out / ".lock", "r+") as file:
+def run_folder(cfg: Config):
+    """The run's folder, made and held for this process alone; the system lets go of it however that ends."""
+    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
+    out = Path(cfg.out or f"runs/{name}").expanduser()
+    lock = out / ".lock"
+    with explained_as(f"the output folder {out} cannot be written"):
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")
+    with file:
         try:
-            if fcntl:  # not on Windows
+            if sys.platform != "win32":
+                import fcntl  # not there on Windows
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out} is in use by the process {file.read() or 'unknown'}: give another --out")
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
+            raise UserError(f"{out} is in use by the process {lock.read_text() or '?'}: give another --out")
+        except OSError as error:  # a network file system without locks
+            tqdm.write(f"warning: {out} cannot be locked ({error.strerror}): let no other process write there")
+        lock.write_text(str(os.getpid()))
         yield out
 
 
 def open_run(cfg: Config, out: Path) -> dict | None:
     """The checkpoint to go on from, if that is asked for; UserError for what is in the way."""
     saved = out / "checkpoint" / "state.pt"
-    there = [out / name for name in RUN_FILES if (out / name).exists()]
+    there = run_files(out)
     if not cfg.resume:
         way = "--resume goes on with it, " if saved.exists() else ""
         if there and not cfg.overwrite:
@@ -2630,22 +2500,13 @@ def open_run(cfg: Config, out: Path) -> dict | None:
     return state
 
 
-@contextmanager
-def explained_as(what: str):
-    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what}: {first_line(error)}")
-
-
 def clear_run(out: Path) -> None:
     """Delete the files of an earlier run, and only those."""
-    for path in (out / name for name in RUN_FILES):
+    for path in run_files(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def fingerprints(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict[str, str]:
@@ -2659,36 +2520,39 @@ def fingerprints(run: Run, problems: list[Problem], held_out: dict[str, list[Pro
     return {"training problems": trained_on, "start model": short(weights), **asked}
 
 
+def loose_weights(run: Run) -> dict[str, Tensor]:
+    """The trained weights that the optimizer's state does not hold: masters stand for those made from them."""
+    return {} if isinstance(run.optimizer, MasterAdamW) else trained_weights(run.model)
+
+
 def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     """All that a resumed run needs, written beside the old checkpoint and swapped in whole.
 
-    `settings` are those given, `cfg` has its blanks filled in. Masters stand for the weights made from them.
+    `settings` are those given, `cfg` has its blanks filled in.
     """
-    path = out / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    has_masters = isinstance(run.optimizer, MasterAdamW)
-    previous = vars(replace(run.previous, problems=None))
+    partial_file = out / "checkpoint" / "state.partial"
+    partial_file.parent.mkdir(exist_ok=True)
     state = {"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
-             "optimizer_device": cfg.optimizer_device, "step": run.step, "past_xi": run.past_xi,
-             "model": {} if has_masters else trained_weights(run.model),
-             "optimizer": run.optimizer.state_dict(), "window": list(run.tracker.history),
-             "previous": previous, "read": run.read,
-             "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}
+             "optimizer_device": cfg.optimizer_device, "cache_tokens": cfg.cache_tokens, "step": run.step,
+             "past_xi": run.past_xi,
+             "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
+             "window": list(run.tracker.history), "previous": vars(replace(run.previous, problems=None)),
+             "read": run.read, "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}
     try:
-        with open(path.with_suffix(".partial"), "wb") as file:
+        with open(partial_file, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        size = path.with_suffix(".partial").stat().st_size
-        path.with_suffix(".partial").unlink()
-        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB "
-                        f"({first_line(error)}); the checkpoint before it is as it was: make room, then --resume")
-    os.replace(path.with_suffix(".partial"), path)
+        size = partial_file.stat().st_size if partial_file.exists() else 0
+        partial_file.unlink(missing_ok=True)
+        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB: {cause_of(error)}. "
+                        "The checkpoint before it is as it was: make room, then --resume")
+    os.replace(partial_file, partial_file.with_suffix(".pt"))
     if cfg.keep_models:
         run.model.save_pretrained(out / f"model-{run.step}")
         run.tokenizer.save_pretrained(out / f"model-{run.step}")
-        kept = sorted(out.glob("model-*"), key=lambda folder: int(folder.name[6:]))
+        kept = sorted(out.glob("model-[0-9]*"), key=lambda folder: int(folder.name[6:]))
         for folder in kept[:-cfg.keep_models]:
             shutil.rmtree(folder)
 
@@ -2699,13 +2563,12 @@ def load_checkpoint(run: Run, state: dict, out: Path) -> None:
     if changed:
         raise UserError(f"--resume goes on with what a run began with, but changed are: {', '.join(changed)}")
     with explained_as(f"the checkpoint in {out} does not fit; --overwrite starts anew"):
-        if isinstance(run.optimizer, MasterAdamW):
-            run.optimizer.load_state_dict(state["optimizer"])
-        else:
-            if state["model"].keys() != trained_weights(run.model).keys():
-                raise ValueError("it holds other weights")
-            run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
-            load_adam(run.optimizer, state["optimizer"])
+        if state["model"].keys() != loose_weights(run).keys():
+            raise ValueError("it holds other weights")
+        run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
+        run.optimizer.load_state_dict(state["optimizer"])
+        for moments in run.optimizer.state.values():  # out of the mapped file one by one, never there twice
+            moments.update({name: value.clone() for name, value in moments.items()})
         run.tracker.history.extend(state["window"])
         run.past_xi, run.step = state["past_xi"], state["step"]
         run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
@@ -2739,8 +2602,9 @@ def signals_caught():
         restore()
         tqdm.write("finishing this step, then saving; a second signal stops at once, unsaved")
 
-    if threading.current_thread() is threading.main_thread():  # only there can signals be caught
-        before = {sign: signal.signal(sign, catch) for sign in STOP_SIGNALS}
+    with suppress(ValueError):  # off the main thread no signal can be caught
+        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # not under nohup
+        before = {sign: signal.signal(sign, catch) for sign in heeded}
     try:
         yield caught
     finally:
@@ -2754,9 +2618,8 @@ def signals_caught():
 
 def parse(arguments: list[str] | None = None) -> Config:
     """Flags from the fields of Config; without --model, the demo's values stand where none was given."""
-    parser = argparse.ArgumentParser(
-        description="PIPO in one file: without --model, an offline demo on additions.",
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="PIPO in one file. Without --model: an offline demo.",
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     types = get_type_hints(Config)
     for f in fields(Config):
         has_default = types[f.name] is not bool and f.default not in (None, "")
@@ -2784,44 +2647,39 @@ def main(arguments: list[str] | None = None) -> int:
         train(parse(arguments))
         return 0
     except UserError as error:
-        code, said = 2, str(error)
+        code, said = 2, error
     except FloatingPointError as error:
-        code, said = 1, str(error)
+        code, said = 1, error
     except torch.OutOfMemoryError as error:
-        code, said = 1, f"{first_line(error)} Halve --microbatch-tokens; the last checkpoint is as it was"
+        code, said = 1, f"{cause_of(error)} Halve --microbatch-tokens or --cache-tokens, then --resume"
     except KeyboardInterrupt as error:
         said, sign = error.args or ("stopped; the last checkpoint, if any, is as it was", signal.SIGINT)
         code = 128 + sign
-    except OSError as error:  # a full disk, say
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         code, said = 1, f"{error}; the last checkpoint is as it was"
     print(f"pipo: {said}", file=sys.stderr)
     return code
 
 
-class Sturdy:
-    """A stream that neither a closed pipe (`| head -1`) nor an ASCII terminal can turn into an error."""
+class Sturdy(io.FileIO):
+    """What stands below a stream; a closed pipe (`| head -1`) is no error to it."""
 
-    def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")
-        self.stream = stream
+    def write(self, data):
+        with suppress(OSError):  # the terminal of a run may hang up, too
+            return super().write(data)
+        return len(data)
 
-    def write(self, text):
-        self.guarded(self.stream.write, text)
 
-    def flush(self):
-        self.guarded(self.stream.flush)
-
-    def guarded(self, function, *args):
-        try:
-            function(*args)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+def sturdy(stream):
+    """A stream like this one that neither a closed pipe nor an ASCII terminal can turn into an error."""
+    buffer = io.BufferedWriter(Sturdy(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = Sturdy(sys.stdout), Sturdy(sys.stderr)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = sturdy(sys.stdout), sturdy(sys.stderr)
     sys.exit(main())
