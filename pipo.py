@@ -220,7 +220,7 @@ class Config:
 
 
 # The headings of --help, by the first setting below each.
-HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (of both steps; KL in exploration only)",
+HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (both steps; KL: one)",
             "feedback": "the feedback (verification step)", "lr": "the optimizer",
             "dtype": "precision and memory", "seed": "the run", "eval_every": "evaluating, saving, showing"}
 # Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
@@ -241,12 +241,13 @@ def validate(cfg: Config) -> None:
         rules.append((not choices or value in choices, f.name, f"it must be one of {choices}"))
         names_nothing = isinstance(value, str) and ("\0" in value or len(value) > 2000)
         too_large = isinstance(value, int) and abs(value) >= 2**63
-        rules.append((not names_nothing and not too_large, f.name, "it is too large, or no text that could name something"))
+        rules.append((not names_nothing, f.name, "it is no text that could name something"))
+        rules.append((not too_large, f.name, "it is too large"))
     device = pick_device(cfg)
     rules += [
         (cfg.minibatches and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
          f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
-        (not (cfg.reward and cfg.reward_noise), "reward_noise", "it turns round 0 and 1, not a reward of one's own"),
+        (not (cfg.reward and cfg.reward_noise), "reward_noise", "it turns round 0 and 1, not a --reward"),
         (cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do"),
         (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
         (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
@@ -636,7 +637,7 @@ def ask(run: Run, problems: list[Problem], cfg: Config, *round_) -> Batch:
     return batch
 
 
-def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config, failures: Counter) -> tuple[Batch, float]:
+def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config, failures: Counter):
     """More rounds of prompts until Q groups are mixed: the Q groups to train on, mixed ones first, and mu.
 
     mu, and `failures`, are over every sample drawn: over the kept groups alone mu would be pulled towards 1/2.
@@ -846,8 +847,8 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     return run, problems, held_out, cfg
 
 
-def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path, track) -> None:
-    """Iterations until cfg.steps or a signal to stop, with evaluations, a row of metrics each, and checkpoints."""
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path, track):
+    """Iterations until cfg.steps or a signal to stop, with evaluations, rows of metrics, and checkpoints."""
     saved, save_seconds = time.perf_counter(), {}
 
     def log(row, with_evaluation):
@@ -881,7 +882,7 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, setting
             if cfg.save_every and save_now:
                 save_checkpoint(run, settings, cfg, out)
                 saved = time.perf_counter()
-                save_seconds = {"seconds_save": saved - begun}  # in the next row: this one is in the checkpoint
+                save_seconds = {"seconds_save": saved - begun}  # in the next row: this one is saved
             if caught and save_now and not last:  # a signal during the save need not wait for another step
                 how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
                 raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
@@ -903,7 +904,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
         size, tested = run.model.num_parameters() / 1e6, sum(map(len, held_out.values()))
         tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size:,.1f}M parameters on {run.model.device}; "
                    f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to "
-                   f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples; files in {out}")
+                   f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples; files: {out}")
         with open_tracker(cfg, out) as track:
             loop(run, problems, held_out, cfg, settings, out, track)
         if cfg.steps:
@@ -1281,9 +1282,9 @@ SPELLINGS = table(r"""
     >= \ge \geq \geqslant ≥ ⩾; != \ne \neq ≠; = \equiv; ≈ \approx \simeq; ∈ \in; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap;
     ∖ \setminus \backslash except; \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \pi π pi; % \%; $ \$;
     \mathbb{R} \mathbbR ℝ \R \reals; \mathbb{Z} \mathbbZ ℤ \Z; \mathbb{N} \mathbbN ℕ \N; \sqrt √ sqrt; \frac
-    \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack; ] \rbrack;
-    ) \rangle ⟩ \rfloor \rceil; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee; & and \land \wedge;
-    \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
+    \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack;
+    ] \rbrack; ) \rangle ⟩ \rfloor \rceil; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee;
+    & and \land \wedge; \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
     ° \circ \degree degree degrees""")
 # Different units are never equal; other trailing words are merely dropped. A plural -s is dropped before.
 UNITS = table(r"""
@@ -1294,9 +1295,9 @@ UNITS = table(r"""
     percentage; J joule; N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm;
     hz hertz; am; pm; / per; cup""")
 # What changes the number before it: by a known factor, or so that it is no longer an answer.
-WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8 ninth 1/9
-    tenth 1/10 twelfth 1/12 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 billionth 1e-9 trillionth 1e-12
-    dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
+WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8
+    ninth 1/9 tenth 1/10 twelfth 1/12 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 billionth 1e-9
+    trillionth 1e-12 dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
 FACTORS = {word: Fraction(worth) for word, worth in zip(WORTH[::2], WORTH[1::2])}
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
@@ -1401,10 +1402,10 @@ REWRITES = [(part, re.compile(pattern), new) for part, pattern, new in [
     ('"', r'(?<=" )[a.] (?=")|"the" ', ""),  # "for" a "day", "sq" . "ft"
     ('"', r'^(?!.*"not")(?:"\w+" )+?"(?:is|are|equals)" (?:: |= )?|^"exactly" ', ""),  # "it" "is" 5
     # 18 , "since" 9 * 2 = 18  ->  18
-    ('"', r'(?: [,(])? (?:"(?:since|because)"|"as" "(?:desired|claimed|required|needed|wanted|stated|shown)").*', ""),
+    ('"', r'(?: [,(])? (?:"(?:since|because)"|"as" "(?:desired|claimed|required|needed|shown)").*', ""),
     ("\\", r" \\(?:blacksquare|square|Box|qed|checkmark)(?!\S)", ""),  # 5 \blacksquare  ->  5
     # 0 "for" "all" x  ->  0
-    ("for", r'(?: ,)? (?:"for" "(?:all|any|every|each)"|\\forall)(?: "(?:real|numbers?)")* \w(?: ∈ \S+R\})?$', ""),
+    ("for", r'(?: ,)? (?:"for" "(?:all|any|each)"|\\forall)(?: "(?:real|numbers?)")* \w(?: ∈ \S+R\})?$', ""),
     ("{", r"\{ ([-+:=]) \}", r"\1"),  # { - } 7  ->  - 7
     # A : 12  ->  A
     ("", r'^(?:\( )?"?([A-Z])"? [).:] (?=["\d$]|\\frac|\\sqrt)(?!.*(?:[∨&,;(]|"not"| [A-Z](?!\S))).*', r"\1"),
@@ -2178,8 +2179,8 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
         raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would be random")
     if base_folder(path) != path:
         if lora:
-            raise UserError(f"{path} holds adapters, and new ones would be saved without them: train it without "
-                            "--lora, or save it merged")
+            raise UserError(f"{path} holds adapters, which are not saved with new ones: train it without "
+                            "--lora, or merge it first")
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     try:
@@ -2459,7 +2460,7 @@ def run_folder(cfg: Config):
         except BlockingIOError:
             raise UserError(f"{out} is in use by the process {lock.read_text() or '?'}: give another --out")
         except OSError as error:  # a network file system without locks
-            tqdm.write(f"warning: {out} cannot be locked ({error.strerror}): let no other process write there")
+            tqdm.write(f"warning: {out} cannot be locked ({error.strerror}): let no other process in")
         lock.write_text(str(os.getpid()))
         yield out
 
@@ -2546,8 +2547,8 @@ def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
         size = partial_file.stat().st_size if partial_file.exists() else 0
         partial_file.unlink(missing_ok=True)
-        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB: {cause_of(error)}. "
-                        "The checkpoint before it is as it was: make room, then --resume")
+        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB: {cause_of(error)}."
+                        " The checkpoint before it is as it was: make room, then --resume")
     os.replace(partial_file, partial_file.with_suffix(".pt"))
     if cfg.keep_models:
         run.model.save_pretrained(out / f"model-{run.step}")
@@ -2603,7 +2604,7 @@ def signals_caught():
         tqdm.write("finishing this step, then saving; a second signal stops at once, unsaved")
 
     with suppress(ValueError):  # off the main thread no signal can be caught
-        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # not under nohup
+        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # nohup
         before = {sign: signal.signal(sign, catch) for sign in heeded}
     try:
         yield caught
