@@ -561,9 +561,7 @@ def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tu
         return 0.0, "off"
     if feedback is None:
         return 0.0, "sigma_zero" if run.tracker.full else "warmup"
-    value = feedback.phi
-    if cfg.feedback == "constant":
-        value = cfg.constant
+    value = cfg.constant if cfg.feedback == "constant" else feedback.phi
     if cfg.feedback == "shuffled":
         if not run.past_xi:
             return 0.0, "warmup"
@@ -1027,12 +1025,12 @@ transformers.AttentionMaskInterface.register("shared_heads", sdpa_mask)
 class RoomyLayer(DynamicLayer):
     """A layer of the key-value cache that writes into room made beforehand; transformers' copies itself."""
 
-    def __init__(self, all_keys, all_values, used):
-        """Tensors (n, heads, columns, D), of which the first `used` columns are filled."""
+    def __init__(self, all_keys, all_values, room):
+        """Tensors (n, heads, columns, D), of which the last `room` columns are free."""
         super().__init__()
         self.is_initialized = True
         self.all_keys, self.all_values = all_keys, all_values
-        self.keys, self.values = all_keys[:, :, :used], all_values[:, :, :used]  # (n, heads, P, D)
+        self.keys, self.values = all_keys[:, :, :-room], all_values[:, :, :-room]  # (n, heads, P, D)
 
     def update(self, keys, values, *_, **__):
         """Write the next token's keys and values (n, heads, 1, D) behind those held; returns them all."""
@@ -1056,8 +1054,7 @@ def move_rows(caches: list[Cache], rows: Tensor, room: int) -> Cache:
 
     layers = []
     for pieces in zip(*(cache.layers for cache in caches)):
-        used = pieces[0].keys.shape[2]
-        layers.append(RoomyLayer(moved(pieces, "keys"), moved(pieces, "values"), used))
+        layers.append(RoomyLayer(moved(pieces, "keys"), moved(pieces, "values"), room))
     return Cache(layers)
 
 
@@ -2470,9 +2467,8 @@ def open_run(cfg: Config, out: Path) -> dict | None:
     saved = out / "checkpoint" / "state.pt"
     there = run_files(out)
     if not cfg.resume:
-        way = "--resume goes on with it, " if saved.exists() else ""
         if there and not cfg.overwrite:
-            raise UserError(f"{out} already holds a run: {way}--overwrite deletes it")
+            raise UserError(f"{out} already holds a run: --resume goes on with it, --overwrite deletes it")
         for name in (cfg.model, cfg.dataset, *held_out_names(cfg)):
             if any(path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents) for path in there):
                 raise UserError(f"--overwrite would delete {name}, which is to be read: give another --out")
@@ -2676,7 +2672,7 @@ class Sturdy(io.FileIO):
 def sturdy(stream):
     """A stream like this one that neither a closed pipe nor an ASCII terminal can turn into an error."""
     buffer = io.BufferedWriter(Sturdy(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 if __name__ == "__main__":
