@@ -4,7 +4,7 @@ BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
 TORCH ?= torch
-.PHONY: help run test test-newest test-trl bench mutants experiment figures plot clean
+.PHONY: help run test test-newest test-trl bench gpu mutants experiment figures plot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -13,7 +13,7 @@ run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an e
 	$(BIN)/python pipo.py --overwrite $(ARGS)
 
 test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
-	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
+	$(BIN)/python -m pytest -q test_pipo.py assets/test_memory_plan.py $(ARGS)
 
 test-newest: ## the tests with the newest torch and transformers, in .venv-newest (TORCH=torch==... pins one)
 	$(PYTHON) -m venv .venv-newest
@@ -25,6 +25,9 @@ test-trl: .venv/.trl ## assets/pipo_trl.py on TRL, in one process and in two, an
 
 bench: .venv/.trl ## speed and memory against generate and TRL, on one core -> runs/bench.json (about 15 minutes)
 	$(BIN)/python assets/bench.py $(ARGS)
+
+gpu: .venv/.installed ## a random Qwen3-4B on a GPU: plan against peak, speed, save and resume -> runs/bench-gpu.json
+	$(BIN)/python assets/bench.py --gpu $(ARGS)
 
 mutants: .venv/.installed ## whether the tests notice planted faults (minutes; one of them: make mutants ARGS="--only NAME")
 	$(BIN)/python assets/mutants.py $(ARGS)

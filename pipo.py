@@ -126,7 +126,7 @@ def explained_as(what: str):
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{what}: {cause_of(error)}")
 
 
@@ -578,7 +578,10 @@ def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tenso
     """
     def judged(text, problem):
         if reward is not None:
-            value = float(reward(text, problem.answer, problem.row))
+            try:
+                value = float(reward(text, problem.answer, problem.row))
+            except SystemExit as error:  # would end the run as if it were done
+                raise RuntimeError("the reward function called sys.exit") from error
             if not math.isfinite(value):
                 raise ValueError(f"the reward of {text[-100:]!r} is {value}: it must be a finite number")
             return value, None
@@ -770,7 +773,8 @@ def load_reward(spec: str):
     """The function that `file.py:name` names."""
     path, _, name = spec.rpartition(":")
     sys.path.append(str(Path(path).absolute().parent))  # for what stands beside it
-    found = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    with explained_as(f"--reward is {spec!r}, and that file does not run"):
+        found = runpy.run_path(path).get(name) if Path(path).is_file() else None
     if not callable(found):
         raise UserError(f"--reward is {spec!r}: it must be file.py:function; {path} has no function {name!r}")
     return found
@@ -823,7 +827,10 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own) if cfg.steps else []
     for name, eval_rows in eval_sets.items():
         found = read_problems(eval_rows, tokenizer, cfg, name, own, trained_on=problems)
-        held_out[name if Path(name).stem in held_out else Path(name).stem] = found[:cfg.eval_limit or None]
+        label = Path(name).stem
+        while label in held_out:
+            label += "+"
+        held_out[label] = found[:cfg.eval_limit or None]
     prompts = [len(p.prompt) for some in (problems, *held_out.values()) for p in some]
     check_positions(path, max(prompts) + cfg.max_new_tokens)
     torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
@@ -836,7 +843,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
     run = Run(model, tokenizer, make_optimizer(model, cfg) if cfg.steps else None, tracker, reference,
               reward)
-    run.read = fingerprints(run, problems, held_out)
+    run.read = fingerprints(run, problems, held_out, cfg)
     if state:
         load_checkpoint(run, state, out)
     else:
@@ -906,8 +913,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
         with open_tracker(cfg, out) as track:
             loop(run, problems, held_out, cfg, settings, out, track)
         if cfg.steps:
-            run.model.save_pretrained(out / "model")
-            run.tokenizer.save_pretrained(out / "model")
+            save_model(run, out / "model")
         rows = read_jsonl(out / "metrics.jsonl")
     verdicts = Counter(row["feedback"] for row in rows if "feedback" in row)
     print(f"feedback: {dict(verdicts)}; metrics, samples, the last checkpoint and the model are in {out}")
@@ -1994,7 +2000,9 @@ def load_rows(name: str, split: str) -> datasets.Dataset:
     if isinstance(splits, datasets.Dataset):  # saved to disk without splits
         return splits
     wanted = (split, "validation", "valid", "val", "dev", *splits)  # best first
-    found = next(candidate for candidate in wanted if candidate in splits)
+    found = next((candidate for candidate in wanted if candidate in splits), None)
+    if found is None:
+        raise UserError(f"the dataset {name} has no rows")
     if found != split and not is_file:  # a file has no other
         tqdm.write(f"the dataset {name} is read from its split {found!r}")
     return splits[found]
@@ -2053,7 +2061,7 @@ def read_messages(cell, system: str = "") -> list[dict]:
         texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         if not role or not all(isinstance(text, str) for text in texts):
             return []
-        messages.append({"role": ROLES.get(role, role), "content": "".join(texts)})
+        messages.append({"role": ROLES.get(str(role), str(role)), "content": "".join(texts)})
     if system and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     return messages
@@ -2228,7 +2236,8 @@ class MasterAdamW(torch.optim.AdamW):
         self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
         super().__init__(self.masters, fused=True, **options)
         pinned = device.type == "cpu" and self.weights[0].is_cuda  # faster on the way
-        largest = max(weight.numel() for weight in self.weights)
+        self.travels = self.masters[0].device != self.weights[0].device  # else nothing needs room on the way
+        largest = max(weight.numel() for weight in self.weights) if self.travels else 0
         self.down = torch.empty(largest, device=device, pin_memory=pinned)
         self.up = torch.empty(largest, dtype=self.weights[0].dtype, device=device, pin_memory=pinned)
 
@@ -2237,10 +2246,11 @@ class MasterAdamW(torch.optim.AdamW):
         """One AdamW step of every weight that has a gradient."""
         for weight, master in zip(self.weights, self.masters):
             if weight.grad is not None:
-                master.grad = self.down[:weight.numel()].view_as(weight).copy_(weight.grad)
+                n, travels = weight.numel(), self.travels
+                master.grad = self.down[:n].view_as(weight).copy_(weight.grad) if travels else weight.grad
                 super().step()  # of this one: no other has a gradient
                 master.grad = None
-                weight.copy_(self.up[:weight.numel()].view_as(weight).copy_(master))
+                weight.copy_(self.up[:n].view_as(weight).copy_(master) if travels else master)
 
     def zero_grad(self, set_to_none=True):
         for weight in self.weights:
@@ -2252,7 +2262,7 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def load_state_dict(self, state):
         super().load_state_dict(state["adam"])
-        for weight, master, saved in zip(self.weights, self.masters, state["masters"]):
+        for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
             weight.copy_(master.copy_(saved))
 
 
@@ -2294,28 +2304,11 @@ def peak_memory_gb(device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
-    """cfg with what it leaves open filled in for this model and device, and a table of the memory it takes.
+def pass_sizes(shapes, cfg: Config, here: str, size: int) -> tuple[int, int, int, int]:
+    """Bytes that a token leaves in the cache, layers there, bytes of a training pass, and of a sampling one.
 
-    `shapes` is the model on the meta device, `out` the folder of the run. These are estimates. Raises
-    UserError for what cannot fit.
+    Without weights, gradients and cache. `size` is that of a number; `here` is "cpu" or "cuda".
     """
-    here, gpu, c = device.type, device.type == "cuda", shapes.config.get_text_config()
-    free = {"cpu": free_memory("cpu") * MEMORY_SHARE, here: free_memory(str(device)) * MEMORY_SHARE}
-    old_run = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())  # is replaced, or goes
-    free["disk"] = shutil.disk_usage(out).free + old_run
-    dtype = ("bfloat16" if gpu else "float32") if cfg.dtype == "auto" else cfg.dtype
-    size, parameters = getattr(torch, dtype).itemsize, shapes.num_parameters()
-    weights, trained, trained_size = parameters * size, parameters, size
-    if not cfg.steps:  # only to be evaluated
-        trained = 0
-    elif cfg.lora:
-        linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
-        trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
-    crowded = free[here] / 10 < trained * 12 < free["cpu"]
-    there = ("cpu" if crowded else here) if cfg.optimizer_device == "auto" else cfg.optimizer_device
-    adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
-
     for module in shapes.modules():  # some positions cannot be computed without data; here they do not matter
         if getattr(module, "rope_type", None) in DATA_ROPES:
             module.rope_type = "default"
@@ -2323,23 +2316,66 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     with torch.no_grad():  # what it leaves in the cache
         layers = shapes(one_token, use_cache=True)[cache_name(shapes)].layers
     cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) * size
+    c, gpu, lora = shapes.config.get_text_config(), here == "cuda", cfg.lora > 0
+    H, V, inner = c.hidden_size, c.vocab_size, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
-    layer = (3 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size) + 22 * c.hidden_size) * size
-    activations = layer + len(layers) * c.hidden_size * size if gpu else len(layers) * layer
-    microbatch = cfg.microbatch_tokens * activations + LOGITS_CHUNK[here] * c.vocab_size * 16  # 4 fp32 copies
+    layer = (3 * inner + 22 * H) * size
+    # A GPU keeps what goes into each layer (and 6 as wide behind them), and computes a layer again when its
+    # turn comes: with 4 gradients as wide as its gate. Adapters are given fp32 copies.
+    held = (len(layers) + 6) * H * size if gpu else len(layers) * layer
+    again = layer + 4 * inner * size + lora * (2 * inner + 24 * H) if gpu else 0
+    # The head's gradient is summed in fp32 over the chunks; besides, one at a time: a layer, a chunk's logits
+    # (3 fp32 copies), a chunk's gradient of the head (as computed, and in fp32).
+    tokens = max(cfg.microbatch_tokens, cfg.max_prompt_tokens + cfg.max_new_tokens)  # a row is never split
+    head = 0 if lora else V * H
+    training = tokens * held + head * 4
+    training += max(tokens * again, LOGITS_CHUNK[here] * V * 12, head * (size + 4))
+    # Besides the cache, one at a time: the next token's probabilities (logits twice, 2 fp32 copies, 2 fp64;
+    # top-p: a sort too), a layer that reads 16,384 tokens.
+    drawing = cfg.prompts_per_step * cfg.group_size * V * (48 if cfg.top_p < 1 else 32)
+    sampling = max(drawing, 16384 * ((3 * inner + 5 * H) * size + lora * 8 * inner))
+    return cached, len(layers), training, sampling
+
+
+def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
+    """cfg with what it leaves open filled in for this model and device, and a table of the memory it takes.
+
+    `shapes` is the model on the meta device, `out` the folder of the run. Held against a simulation in
+    assets/test_memory_plan.py. Raises UserError for what cannot fit.
+    """
+    here = device.type
+    free = {"cpu": free_memory("cpu") * MEMORY_SHARE, here: free_memory(str(device)) * MEMORY_SHARE}
+    old_run = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())  # is replaced, or goes
+    free["disk"] = shutil.disk_usage(out).free + old_run
+    dtype = ("bfloat16" if here == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
+    size, parameters = getattr(torch, dtype).itemsize, shapes.num_parameters()
+    weights, trained, trained_size = parameters * size, parameters, size
+    if not cfg.steps:  # only to be evaluated
+        trained = 0
+    elif cfg.lora:
+        linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
+        trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
+        weights += trained * 4
+    crowded = free[here] / 10 < trained * 12 < free["cpu"]
+    there = ("cpu" if crowded else here) if cfg.optimizer_device == "auto" else cfg.optimizer_device
+    adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
+    if there != here and trained == parameters:  # `down` and `up` of MasterAdamW hold the largest weight
+        adam += max(weight.numel() for weight in shapes.parameters()) * (4 + size)
+
+    cached, n_layers, training, beside = pass_sizes(shapes, cfg, here, size)
     N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    drawing = N * c.vocab_size * 24  # the next token's probabilities: 4 fp32 copies and one fp64
     always = weights * (2 if cfg.kl_coef and not cfg.lora else 1) + (adam if there == here else 0)
-    room = max(0, free[here] - always - drawing) / cached
-    cache_tokens = cfg.cache_tokens or int(min(room, N * longest))
+    left = max(0, free[here] - always)
+    room = min(left - beside, left * n_layers / (n_layers + 1)) / cached  # a layer moves at a time
+    cache_tokens = cfg.cache_tokens or int(min(max(0, room), N * longest))
+    sampling = cache_tokens * cached + max(beside, cache_tokens * cached / n_layers)
     save_every = cfg.save_every if cfg.save_every is not None else 50 if parameters > 1e9 else 10
-    has_masters = adam == trained * 12
-    checkpoint = adam + (0 if has_masters else trained * trained_size)
+    checkpoint = trained * 12  # fp32 weights, wherever they are, and the moments
     kept = 2 * checkpoint * (save_every > 0) + weights * (1 + cfg.keep_models)  # the old one and the new
     rows = [(f"{parameters / 1e6:,.1f}M weights in {dtype}", here, weights),
             (f"AdamW, {trained / 1e6:,.1f}M trained", there, adam),
-            (f"training, {cfg.microbatch_tokens:,} tokens a pass", here, always + trained * 4 + microbatch),
-            (f"sampling, {cache_tokens:,} tokens cached", here, always + drawing + cache_tokens * cached),
+            (f"training, {cfg.microbatch_tokens:,} tokens a pass", here, always + trained * 4 + training),
+            (f"sampling, {cache_tokens:,} tokens cached", here, always + sampling),
             ("checkpoints and models", "disk", kept)]
     for what, place, n in rows:
         if n > free[place]:
@@ -2428,16 +2464,24 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 # What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
 STOP_SIGNALS = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 LOGS = ("metrics.jsonl", "samples.jsonl")
+STATE_KEYS = set("config dtype optimizer_device cache_tokens step past_xi model optimizer window previous read "
+                 "logs".split())
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
 # What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
 MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models",
               "show_every", "cache_tokens", "microbatch_tokens", "tracker"}
 
 
+def kept_models(out: Path) -> list[Path]:
+    """The folders of --keep-models, oldest first."""
+    found = [path for path in out.glob("model-*") if path.name[6:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[6:]))
+
+
 def run_files(out: Path) -> list[Path]:
     """What a run has left in its folder."""
     names = [path for path in (out / name for name in RUN_FILES) if path.exists() or path.is_symlink()]
-    return [*names, *out.glob("model-[0-9]*")]
+    return names + kept_models(out)
 
 
 @contextmanager
@@ -2462,31 +2506,40 @@ def run_folder(cfg: Config):
         yield out
 
 
+def log_mark(log: bytes) -> tuple[int, int]:
+    """What a log was at a checkpoint: its size and checksum."""
+    return len(log), zlib.crc32(log)
+
+
 def open_run(cfg: Config, out: Path) -> dict | None:
     """The checkpoint to go on from, if that is asked for; UserError for what is in the way."""
     saved = out / "checkpoint" / "state.pt"
     there = run_files(out)
     if not cfg.resume:
+        reward_file = cfg.reward.rpartition(":")[0]
+        named = (cfg.model, base_folder(cfg.model), cfg.dataset, reward_file, *held_out_names(cfg))
+        for name in filter(None, named):
+            read = Path(name).expanduser().resolve()
+            is_in_the_way = any(path.resolve() in (read, *read.parents) for path in there)
+            if is_in_the_way or read == out.resolve():
+                raise UserError(f"--overwrite would delete {name}, which is to be read: give another --out")
         if there and not cfg.overwrite:
             raise UserError(f"{out} already holds a run: --resume goes on with it, --overwrite deletes it")
-        for name in (cfg.model, cfg.dataset, *held_out_names(cfg)):
-            if any(path.resolve() in (Path(name).resolve(), *Path(name).resolve().parents) for path in there):
-                raise UserError(f"--overwrite would delete {name}, which is to be read: give another --out")
         return None
     if not saved.is_file():
         raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; --overwrite starts anew")
-    with explained_as(f"the checkpoint {saved} is damaged; --overwrite starts anew"):
+    with explained_as(f"the checkpoint {saved} cannot be used"):
         broken = zipfile.ZipFile(saved).testzip()  # torch.save writes checksums, but torch.load does not look
         if broken:
             raise ValueError(f"the checksum of {broken} is wrong")
         state = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
-        before = state["config"]
-    with explained_as(f"the logs in {out} are not those of its checkpoint"):
-        for name, size in state["log_sizes"].items():
-            log = (out / name).read_bytes()
-            steps = [json.loads(line)["step"] for line in log[:size].splitlines()]
-            if len(log) < size or not all(isinstance(step, int) for step in steps):
-                raise ValueError(f"{name} is too short, or has lines without a step")
+        if set(state) != STATE_KEYS or set(state["logs"]) != set(LOGS):
+            raise ValueError("it is of another version")
+        before = state["config"] | {}
+    with explained_as(f"the logs in {out} cannot be used"):
+        for name, (size, checksum) in state["logs"].items():
+            if log_mark((out / name).read_bytes()[:size]) != (size, checksum):
+                raise ValueError(f"{name} is not as the checkpoint left it")
     now = asdict(cfg) | {"device": pick_device(cfg).type}
     changed = [f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in now
                if name not in MAY_DIFFER and before.get(name) != now[name]]
@@ -2506,20 +2559,36 @@ def clear_run(out: Path) -> None:
             path.unlink()
 
 
-def fingerprints(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict[str, str]:
+def fingerprints(run: Run, problems: list[Problem], held_out: dict, cfg: Config) -> dict[str, str]:
     """What a run reads, each in a short hash, so that a resumed run can tell whether it is still the same."""
-    def short(*things):
+    def short(things):
         return hashlib.sha256(repr(things).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
-    asked = {name: short([(p.prompt, p.golds) for p in some]) for name, some in held_out.items()}
-    weights = [p.flatten()[:4].tolist() for p in run.model.parameters()]
-    trained_on = short([(p.prompt, p.golds) for p in problems])
-    return {"training problems": trained_on, "start model": short(weights), **asked}
+    read = {name: [(p.prompt, p.golds) for p in some] for name, some in held_out.items()}
+    read["training problems"] = [(p.prompt, p.golds) for p in problems]
+    read["start model"] = [p.flatten()[:4].tolist() for p in run.model.parameters()]
+    if cfg.reward:
+        read["reward function"] = Path(cfg.reward.rpartition(":")[0]).read_bytes()
+    return {name: short(things) for name, things in read.items()}
 
 
 def loose_weights(run: Run) -> dict[str, Tensor]:
     """The trained weights that the optimizer's state does not hold: masters stand for those made from them."""
     return {} if isinstance(run.optimizer, MasterAdamW) else trained_weights(run.model)
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """The model and its tokenizer as transformers saves them, beside `folder` and swapped in whole."""
+    if not all(weight.isfinite().all() for weight in trained_weights(run.model).values()):
+        raise FloatingPointError(f"step {run.step}: the weights are not finite; a lower --lr may help")
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    with explained_as(f"the model could not be saved as {folder}, --resume tries again"):
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        run.model.save_pretrained(partial_folder)
+        run.tokenizer.save_pretrained(partial_folder)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(partial_folder, folder)
 
 
 def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
@@ -2531,10 +2600,9 @@ def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
     partial_file.parent.mkdir(exist_ok=True)
     state = {"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
              "optimizer_device": cfg.optimizer_device, "cache_tokens": cfg.cache_tokens, "step": run.step,
-             "past_xi": run.past_xi,
-             "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
+             "past_xi": run.past_xi, "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
              "window": list(run.tracker.history), "previous": vars(replace(run.previous, problems=None)),
-             "read": run.read, "log_sizes": {name: (out / name).stat().st_size for name in LOGS}}
+             "read": run.read, "logs": {name: log_mark((out / name).read_bytes()) for name in LOGS}}
     try:
         with open(partial_file, "wb") as file:
             torch.save(state, file)
@@ -2545,13 +2613,11 @@ def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
         partial_file.unlink(missing_ok=True)
         raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB: {cause_of(error)}."
                         " The checkpoint before it is as it was: make room, then --resume")
-    os.replace(partial_file, partial_file.with_suffix(".pt"))
     if cfg.keep_models:
-        run.model.save_pretrained(out / f"model-{run.step}")
-        run.tokenizer.save_pretrained(out / f"model-{run.step}")
-        kept = sorted(out.glob("model-[0-9]*"), key=lambda folder: int(folder.name[6:]))
-        for folder in kept[:-cfg.keep_models]:
-            shutil.rmtree(folder)
+        save_model(run, out / f"model-{run.step}")
+    os.replace(partial_file, partial_file.with_suffix(".pt"))
+    for folder in kept_models(out)[:-cfg.keep_models] if cfg.keep_models else ():
+        shutil.rmtree(folder)
 
 
 def load_checkpoint(run: Run, state: dict, out: Path) -> None:
@@ -2559,18 +2625,20 @@ def load_checkpoint(run: Run, state: dict, out: Path) -> None:
     changed = [name for name in run.read if state["read"].get(name) != run.read[name]]
     if changed:
         raise UserError(f"--resume goes on with what a run began with, but changed are: {', '.join(changed)}")
-    with explained_as(f"the checkpoint in {out} does not fit; --overwrite starts anew"):
+    with explained_as(f"the checkpoint in {out} does not fit"):
         if state["model"].keys() != loose_weights(run).keys():
             raise ValueError("it holds other weights")
         run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
         run.optimizer.load_state_dict(state["optimizer"])
-        for moments in run.optimizer.state.values():  # out of the mapped file one by one, never there twice
+        for weight, moments in run.optimizer.state.items():  # out of the mapped file one by one, never twice
+            if any(value.dim() and value.shape != weight.shape for value in moments.values()):
+                raise ValueError("a moment has another shape than its weight")
             moments.update({name: value.clone() for name, value in moments.items()})
         run.tracker.history.extend(state["window"])
         run.past_xi, run.step = state["past_xi"], state["step"]
         run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
                                 for name, x in state["previous"].items()})
-    for name, size in state["log_sizes"].items():
+    for name, (size, _) in state["logs"].items():
         os.truncate(out / name, size)
 
 
@@ -2639,6 +2707,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 2 for what the user can put right, 1 for a run that broke down."""
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails becomes a sentence
     transformers.utils.logging.disable_progress_bar()
     try:
         train(parse(arguments))
@@ -2671,6 +2740,7 @@ class Sturdy(io.FileIO):
 
 def sturdy(stream):
     """A stream like this one that neither a closed pipe nor an ASCII terminal can turn into an error."""
+    stream = stream or open(os.devnull, "w")  # None where it was closed from the start
     buffer = io.BufferedWriter(Sturdy(stream.fileno(), "w", closefd=False))
     return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
 

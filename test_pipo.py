@@ -2158,6 +2158,14 @@ def test_code_of_a_repository_is_never_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_any_of_several_golds_counts():
+    """Only the first was looked at: a right answer in the form of the second went unpaid."""
+    problem = pipo.Problem("", [3], "1/2", ("1/2", "x=3"), {})
+    batch = SimpleNamespace(texts=[r"\boxed{0.5}", r"\boxed{3}", r"\boxed{4}", "none"], tokens=torch.zeros(1))
+    rewards, failures = pipo.grade_all(batch, [problem])
+    assert rewards.tolist() == [[1, 1, 0, 0]] and failures == {"no_answer": 1}
+
+
 def test_a_reward_of_ones_own(folder, tmp_path):
     """Any finite number, called with completion, answer and row; an exception in it is the user's to see."""
     file = tmp_path / "rewards.py"
@@ -2338,7 +2346,7 @@ def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
 
     cfg, table = plan(80, 128)
     assert cfg.dtype == "bfloat16" and cfg.optimizer_device == "cpu" and 400_000 < cfg.cache_tokens < 470_000
-    assert "7.49 GiB on cuda" in table and "44.95 GiB on cpu" in table
+    assert "7.49 GiB on cuda" in table and "47.13 GiB on cpu" in table
     assert all(re.search(r" [\d.]+ GiB on (cuda|cpu|disk)$", line) for line in table.splitlines())
     smaller = plan(48, 128)[0].cache_tokens
     assert 200_000 < smaller < 250_000  # a token takes 36 layers x 8 heads x 128 x 2 x 2 bytes
@@ -2629,7 +2637,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path, finished)
 
     shutil.copytree(finished, tmp_path / "run")
     torch.save({"step": Evil()}, tmp_path / "run" / "checkpoint" / "state.pt")
-    refused(folder, tmp_path / "run", "damaged", resume=True)
+    refused(folder, tmp_path / "run", "cannot be used", resume=True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -2660,6 +2668,61 @@ def test_overwrite_does_not_delete_what_it_is_to_read(folder, tmp_path, finished
     (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
     pipo.train(settings(folder, tmp_path / "run", steps=1, overwrite=True))
     assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def test_overwrite_spares_a_model_folder_and_what_a_tilde_means(folder, tmp_path, finished, monkeypatch):
+    """`--model M --out M --overwrite` replaced the model's own config.json; ~ was expanded for reading only."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    refused(folder, tmp_path / "model", "is to be read", overwrite=True, model=str(tmp_path / "model"))
+    assert "vocab_size" in (tmp_path / "model" / "config.json").read_text()
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused(folder, tmp_path / "run", "is to be read", overwrite=True, dataset="~/run/samples.jsonl")
+    assert (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_a_reward_cannot_end_the_run_as_if_it_were_done(folder, tmp_path):
+    """sys.exit(0) in it gave exit code 0: a queue took the half-done run for finished."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import sys\ndef score(*_):\n    sys.exit(0)\n")
+    with pytest.raises(RuntimeError, match="sys.exit"):
+        pipo.train(settings(folder, tmp_path / "run", reward=f"{file}:score"))
+    for content in ("sys.exit(0)", "def (", "import nothing_of_that_name"):
+        file.write_text(f"import sys\n{content}\n")
+        refused(folder, tmp_path / "run", "that file does not run", reward=f"{file}:score")
+
+
+def test_held_out_sets_of_one_name_are_both_there(folder, tmp_path, graded_by_coin):
+    """a/test.jsonl and b/test.jsonl had one key: the second was lost in silence."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "train.jsonl", tmp_path / name / "test.jsonl")
+    sets = [str(tmp_path / name / "test.jsonl") for name in ("a", "b")]
+    rows = pipo.train(settings(folder, tmp_path / "run", steps=0, eval_every=1, eval_limit=3, eval_dataset=sets))
+    assert {"eval/test/pass@1", "eval/test+/pass@1"} <= set(rows[0])
+
+
+def test_a_model_is_saved_whole_or_not_at_all(folder, tmp_path, graded_by_coin, monkeypatch):
+    """A kill between its weights and its tokenizer left half a model for good; a file in its place, none."""
+    cfg = settings(folder, tmp_path / "run", steps=2, keep_models=1)
+
+    def full(*_):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(UserError, match="could not be saved"):
+            pipo.train(cfg)
+    assert not (tmp_path / "run" / "model-1").exists()
+    (tmp_path / "run" / "model-7.txt").write_text("mine")
+    pipo.train(replace(cfg, overwrite=True))
+    assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == ["model", "model-2", "model-7.txt"]
+
+
+def test_weights_that_are_not_finite_are_not_saved_as_a_model(folder, tmp_path, graded_by_coin):
+    """The last step's were never sampled from: exit code 0, and a model of nan."""
+    with pytest.raises(FloatingPointError, match="the weights are not finite"):
+        pipo.train(settings(folder, tmp_path / "run", steps=1, lr=1e300))
 
 
 def test_two_processes_cannot_share_a_folder(folder, tmp_path, graded_by_coin):

@@ -2,7 +2,9 @@
 """Speed and memory of pipo.py against transformers' generate and TRL's GRPOTrainer, on one core.
 
     python assets/bench.py                  # everything: about 15 minutes -> a table, and runs/bench.json
-    python assets/bench.py --only short     # one part: memory, short, long or 4b
+    python assets/bench.py --only short     # one part: memory, short or long
+    python assets/bench.py --gpu            # 4B, random, on a GPU -> runs/bench-gpu.json (--tiny: on the CPU)
+    python assets/bench.py --costs          # what an iteration of 4B should take, calculated
     python assets/bench.py --help
 
 Both sides run in this process, on one thread, in fp32, from the same weights, with the same prompts, rewards
@@ -21,7 +23,7 @@ to 13. Where glibc keeps what it has, they were from 6 to 9:
 
 Rewards are made up by position on both sides, so that neither has grading in it (it takes milliseconds):
 "alive" means that every group is mixed, "typical" that 13 of 32 groups have equal rewards. Needs
-`pip install trl==1.16.0`; the part "4b" needs a GPU, and is left out without one.
+`pip install trl==1.16.0`, which --gpu and --costs do not.
 
 assets/bench.json holds what was measured, by processor: for each row the figures of both sides, the mean
 lengths of their completions, and the ratio, theirs over ours: above 1 PIPO is faster or smaller.
@@ -35,20 +37,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from the hub
 
 import argparse
 import json
+import math
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
@@ -93,7 +100,7 @@ class Report:
 
     def __init__(self):
         self.rows = {}
-        print(f"\n{'seconds (or GB)':46}{'ours':>10}{'theirs':>10}{'ratio':>8}   mean lengths")
+        print(f"\n{'seconds, or what is named':46}{'ours':>10}{'theirs':>10}{'ratio':>8}   mean lengths")
 
     def add(self, key: str, label: str, figures: dict, ratio: float | None, lengths=()):
         """One row: `figures` are two or less by name, usually {"ours": seconds, "theirs": seconds}."""
@@ -106,12 +113,16 @@ class Report:
         """A row of our figure and theirs, of which less is better."""
         self.add(key, label, {"ours": ours, "theirs": theirs}, theirs / ours, lengths)
 
-    def write(self, path: Path) -> None:
-        """Put the rows into the records of `path`, under the name of this machine's processor."""
-        records = json.loads(path.read_text()) if path.exists() else {}
-        before = records.get(processor(), {"rows": {}})
-        versions = {name: version(name) for name in ("torch", "transformers", "trl")}
-        records[processor()] = {"versions": versions, "rows": before["rows"] | self.rows}
+    def write(self, path: Path, name: str) -> None:
+        """Put the rows into the records of `path`, under the name of this processor or card."""
+        records, versions = json.loads(path.read_text()) if path.exists() else {}, {}
+        before = records.get(name, {"rows": {}})
+        for package in ("torch", "transformers", "trl"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:  # TRL, which a GPU's rows do without
+                pass
+        records[name] = {"versions": versions, "rows": before["rows"] | self.rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(records, indent=2) + "\n")
 
@@ -187,7 +198,7 @@ def check_greedy() -> None:
     assert ours.mask.sum(1).unique().numel() > 3, "greedy completions are all of a length"
 
 
-def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock=CPU_CLOCK) -> tuple[list, list]:
+def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock=CPU_CLOCK, room=MANY) -> tuple:
     """Median seconds and mean completion length of pipo.sample and of generate, each as [ours, theirs]."""
     seconds, lengths = ([], []), ([], [])
     eos = torch.tensor(theirs.generation_config.eos_token_id)
@@ -195,7 +206,7 @@ def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock=CPU_CLO
         torch.manual_seed(turn)
         times = [clock()]
         generator = pipo.rng(ours.device, turn)
-        batch = pipo.sample(ours, tokenizer, prompts, GROUP, limit, generator=generator, cache_tokens=MANY)
+        batch = pipo.sample(ours, tokenizer, prompts, GROUP, limit, generator=generator, cache_tokens=room)
         lengths[0].append(batch.mask.sum(1).mean().item())  # .item() and .cpu() also wait for a GPU
         times.append(clock())
         tokens = generate(theirs, prompts, GROUP, limit, do_sample=True, temperature=1.0, top_k=0).cpu()
@@ -213,6 +224,14 @@ def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock=CPU_CLO
 # ------------------------------------------------------------------------------------------------------------
 
 
+def phase_peak_gb(device) -> float:
+    """The most memory held since this was last asked on a GPU; elsewhere since the process began."""
+    peak = pipo.peak_memory_gb(device) or 0.0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 class TimedPIPO:
     """PIPO's iterations with a clock on each phase. A GRPO iteration is the same without the verification."""
 
@@ -220,7 +239,7 @@ class TimedPIPO:
         self.model, self.tokenizer, self.cfg, self.clock = model, tokenizer, cfg, clock
         self.prompts, self.rewards = prompts, rewards
         self.optimizer, self.previous = pipo.make_optimizer(model, cfg), None
-        self.seconds, self.lengths, self.metrics = [], [], {}
+        self.seconds, self.lengths, self.metrics, self.peaks = [], [], {}, {}
 
     def update(self, batch, coefficients) -> dict:
         """Either step."""
@@ -230,15 +249,20 @@ class TimedPIPO:
     def step(self) -> None:
         """One iteration: sample, verify on the batch before (the first, a warm-up, has none), explore."""
         times, generator = [self.clock()], pipo.rng(self.model.device, len(self.seconds))
+
+        def done(phase):
+            times.append(self.clock())
+            self.peaks[phase] = max(self.peaks.get(phase, 0), phase_peak_gb(self.model.device))
+
         batch = pipo.sample(self.model, self.tokenizer, self.prompts, GROUP, self.cfg.max_new_tokens,
                             generator=generator, cache_tokens=self.cfg.cache_tokens)
         batch.advantages = pipo.group_advantages(self.rewards)
-        times.append(self.clock())
+        done("sampling")
         if self.previous is not None:
             self.update(self.previous, pipo.improvement_rewards(self.previous.advantages, 0.5))
-        times.append(self.clock())
+        done("verification")
         self.metrics = self.update(batch, batch.advantages)
-        times.append(self.clock())
+        done("exploration")
         self.previous = batch
         self.seconds.append([after - before for before, after in zip(times, times[1:])])
         self.lengths.append(batch.mask.sum(1).mean().item())
@@ -369,50 +393,200 @@ QWEN3_4B = dict(vocabulary=151_936, hidden_size=2560, intermediate_size=9728, nu
                 num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)
 
 
-def bench_4b(report, folder, device="cuda", limit=4096, count=128, waves=(64, 256), **sizes) -> None:
-    """A random Qwen3-4B on a GPU: tokens a second against generate, and the phases of one whole PIPO
-    iteration.
+TINY = dict(vocabulary=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8)  # to see on a CPU that --gpu runs
 
-    Lengths average about 0.38 of the limit, as above. Peak memory and the gap between sampler and trainer go
-    along. `waves`: how many rows are sampled at a time; `sizes`: of another model.
+
+def random_model(limit: int, cfg, device, attention="shared_heads", **sizes):
+    """Random weights whose completions average about 0.38 of `limit`."""
+    torch.manual_seed(0)
+    with device:
+        config = bench_config(limit, **sizes)
+        model = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, cfg.dtype))
+    model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 256, 1024), **sizes) -> None:
+    """A random Qwen3-4B on a GPU: speed against generate, iterations of `count` prompts x GROUP by phase,
+    the plan against what they took, how far sampler and trainer are apart, a save and a resume.
+
+    `waves`: how many rows are sampled at a time; `sizes`: of another model.
     """
     sizes = sizes or QWEN3_4B
-    device, prompts = torch.device(device), [[100 + i] * 128 for i in range(count)]
+    device, most = torch.device(device), max(count * GROUP, *waves) // GROUP
+    prompts = [[100 + i] * 128 for i in range(most)]
     tokenizer = character_tokenizer()
-    cfg = pipo.Config(prompts_per_step=count, max_new_tokens=limit, max_prompt_tokens=128, temperature=1.0,
-                      save_every=0)
+    cfg = pipo.Config(prompts_per_step=count, group_size=GROUP, max_new_tokens=limit, max_prompt_tokens=128,
+                      temperature=1.0, save_every=0, lr=LR, device=device.type)
     with torch.device("meta"):
         shapes = Qwen3ForCausalLM(bench_config(limit, **sizes))
     cfg, table = pipo.plan_memory(shapes, cfg, device, folder)
     print(table)
-
-    def random_model(limit, attention):
-        torch.manual_seed(0)
-        with device:
-            config, dtype = bench_config(limit, **sizes), getattr(torch, cfg.dtype)
-            model = Qwen3ForCausalLM._from_config(config, dtype=dtype)
-        model.set_attn_implementation(attention)
-        return model.eval()
+    if device.type == "cuda":
+        free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
+        name = torch.cuda.get_device_name(device)
+        report.add("gpu_card", f"{name}: GiB, free", {"GiB": total, "free": free}, None)
+    planned = {phase: float(n) for phase, n in re.findall(r"(training|sampling),.* ([\d.]+) GiB", table)}
 
     for rows in waves:
-        both = random_model(limit // 8, "shared_heads"), random_model(limit // 8, "sdpa")
-        asked = prompts[:rows // GROUP]
-        seconds, lengths = bench_sampling(*both, tokenizer, asked, limit // 8, 3, time.perf_counter)
-        ours, theirs = (rows * length / s for length, s in zip(lengths, seconds))
-        report.add(f"gpu_tokens_{rows}", f"tokens a second, 4B, {rows} rows",
-                   {"ours": ours, "theirs": theirs}, ours / theirs, lengths)
+        new = max(8, min(limit // 8, cfg.cache_tokens // rows // 2))  # generate's cache is there twice
+        both = [random_model(new, cfg, device, how, **sizes) for how in ("shared_heads", "sdpa")]
+        try:
+            seconds, lengths = bench_sampling(*both, tokenizer, prompts[:rows // GROUP], new, 2,
+                                              time.perf_counter, cfg.cache_tokens)
+            ours, theirs = (rows * length / s for length, s in zip(lengths, seconds))
+            report.add(f"gpu_tokens_{rows}", f"tokens a second, {rows} rows, up to {new} tokens",
+                       {"ours": ours, "theirs": theirs}, ours / theirs, lengths)
+        except torch.OutOfMemoryError as error:
+            print(f"{rows} rows: {str(error).splitlines()[0]}")
         del both
-    model = random_model(limit, "shared_heads")
+        torch.cuda.empty_cache()
+
+    model = random_model(limit, cfg, device, **sizes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = (torch.arange(count * GROUP, device=device) % 3 == 0).float().view(-1, GROUP)
-    ours = TimedPIPO(model, tokenizer, prompts, rewards, cfg, time.perf_counter)
+    ours = TimedPIPO(model, tokenizer, prompts[:count], rewards, cfg, time.perf_counter)
+    first = pipo.sample(model, tokenizer, ours.prompts, GROUP, limit, generator=pipo.rng(device, 0),
+                        cache_tokens=cfg.cache_tokens)
+    every, advantages = torch.arange(count * GROUP), pipo.group_advantages(rewards).flatten()
+    again = pipo.trainer_logprobs(model, first, every, cfg)
+    for base in ("grpo", "gspo"):  # before any update, against the sampler: 0 but for rounding
+        means = pipo.policy_loss(again, first.behavior_logprobs, advantages, first.mask, pipo.BASES[base])[1]
+        report.add(f"gpu_step1_{base}", f"{base}, step 1: gap, share clipped",
+                   {"gap": means["logprob_gap"], "clipped": means["clip_fraction"]}, None)
+    del first, again
+    torch.cuda.empty_cache()
+    phase_peak_gb(device)  # from here on
     ours.step()
     ours.step()
-    figures = {"sampling": ours.median(0), "verification": ours.median(1), "exploration": ours.median(2),
-               "peak_gb": pipo.peak_memory_gb(device), "logprob_gap": ours.metrics["logprob_gap"]}
-    for name, value in figures.items():
-        report.add(f"gpu_iteration_{name}", f"4B, {count} x {GROUP}: {name}", {"ours": value}, None,
-                   ours.lengths[1:])
+    for i, phase in enumerate(("sampling", "verification", "exploration")):
+        plan = planned["sampling" if phase == "sampling" else "training"]
+        gb = {"planned": plan, "measured": ours.peaks[phase]}
+        report.add(f"gpu_seconds_{phase}", f"{count} x {GROUP}: seconds of {phase}", {"ours": ours.median(i)},
+                   None, ours.lengths[1:])
+        report.add(f"gpu_memory_{phase}", f"{count} x {GROUP}: GiB planned, measured", gb,
+                   plan and ours.peaks[phase] / plan)
+    bench_resume(report, folder / "run", ours)
+
+
+def bench_resume(report, out: Path, ours: TimedPIPO) -> None:
+    """Seconds of saving a run, of reading its checkpoint (with checksums), and of going on from it."""
+    size = 13 * sum(weight.numel() for weight in ours.model.parameters())
+    if shutil.disk_usage(out.parent).free < 2 * size:
+        print(f"no save: {size / 2**30:.0f} GiB would be written below {out.parent}")
+        return
+    run = pipo.Run(ours.model, ours.tokenizer, ours.optimizer, pipo.ImprovementTracker(8, 0.1), step=2,
+                   previous=ours.previous)
+    run.tracker.push(0.5)
+    out.mkdir()
+    for name in pipo.LOGS:
+        (out / name).touch()
+    clock = [time.perf_counter()]
+    pipo.save_checkpoint(run, asdict(ours.cfg), ours.cfg, out)
+    clock.append(time.perf_counter())
+    state = pipo.open_run(replace(ours.cfg, resume=True), out)
+    clock.append(time.perf_counter())
+    before = run.model.get_input_embeddings().weight[:1].clone()
+    pipo.load_checkpoint(run, state, out)
+    clock.append(time.perf_counter())
+    assert torch.equal(before, run.model.get_input_embeddings().weight[:1])
+    save, read, load = (after - start for start, after in zip(clock, clock[1:]))
+    report.add("gpu_save", "seconds of a save", {"ours": save}, None)
+    report.add("gpu_resume", "seconds of a resume: reading, loading", {"read": read, "load": load}, None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What 4B should cost, calculated
+# ------------------------------------------------------------------------------------------------------------
+
+# bf16 FLOP/s and bytes/s at best (makers' figures, dense), and the room of the cache that plan_memory leaves
+CARDS = {"A100 80GB": (312e12, 2.0e12, 420_000, 0), "H100 SXM": (989e12, 3.35e12, 420_000, 0),
+         "RTX 4090, `--lora 16`": (165e12, 1.0e12, 61_000, 16)}
+OF_PEAK, OF_BANDWIDTH = 0.4, 0.6  # assumed
+
+
+def flops(length: int, trains: bool, lora: int = 0, **sizes) -> int:
+    """What one sequence of Qwen3-4B costs, its logits included: counted by torch on shapes without memory.
+
+    `trains`: with layers and logits computed again in the backward pass. Attention is counted in full, though
+    causal kernels need half of it.
+    """
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(bench_config(4096, **(sizes or QWEN3_4B))).requires_grad_(not lora)
+        ids = torch.zeros(1, length, dtype=torch.long)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora:
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=lora, target_modules="all-linear"))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trains):
+        hidden = model.train().base_model(ids, attention_mask={"full_attention": None}, use_cache=False)[0]
+        sums = checkpoint(lambda h: model.lm_head(h).logsumexp(-1), hidden, use_reentrant=False)
+        if trains:
+            sums.sum().backward()
+    return counter.get_total_flops()
+
+
+def schedule(lengths: list[int], prompt: int, room: int, chunk: int = 128):
+    """pipo.sample's waves for completions of these lengths: yields (rows, columns) at every token drawn, and
+    (tokens, 0) for those read in when a wave begins."""
+    waiting = [(0, length) for length in lengths]  # drawn so far, to draw
+    while waiting:
+        waiting.sort()
+        n = max(1, sum(k * (prompt + done + chunk) <= room for k, (done, _) in enumerate(waiting, 1)))
+        wave, waiting = waiting[:n], waiting[n:]
+        width = wave[-1][0]
+        yield (n // GROUP if width == 0 else n) * (prompt + width), 0
+        while wave:
+            for _ in range(chunk):
+                width += 1
+                yield len(wave), prompt + width
+            wave = [(done + chunk, length) for done, length in wave if done + chunk < length]
+            fit = max(1, room // (prompt + width + 1 + chunk))
+            waiting, wave = waiting + wave[fit:], wave[:fit]
+
+
+def costs(prompts: int = 128, prompt: int = 128, limit: int = 4096, mean: int = 1536, **sizes) -> list[dict]:
+    """Print what an iteration costs on some cards: calculated, never measured.
+
+    `prompts` x GROUP completions, geometric with this `mean` once cut off at `limit`.
+    """
+    scale = mean
+    for _ in range(100):  # of the geometric distribution before the cut
+        scale = mean / (1 - math.exp(-limit / scale))
+    draw = random.Random(0)
+    lengths = [min(limit, 1 + int(draw.expovariate(1 / scale))) for _ in range(prompts * GROUP)]
+    with torch.device("meta"):
+        config = bench_config(limit, **(sizes or QWEN3_4B))
+        weights = 2 * sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
+    cached = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes a token
+
+    def fitted(*how):  # a sequence costs a * S + b * S^2: two lengths tell both
+        one, two = (flops(S, *how, **sizes) for S in (512, 1024))
+        b = (two - 2 * one) / (1024**2 - 2 * 512**2)
+        return one / 512 - 512 * b, b
+
+    rows, (a, b) = [], fitted(False)
+    print("|card|sampling|verification|exploration|PFLOP: sampling, each step|TB read|")
+    print("|---|---|---|---|---|---|")
+    for name, (peak, bandwidth, room, lora) in CARDS.items():
+        peak, bandwidth = peak * OF_PEAK, bandwidth * OF_BANDWIDTH
+        sampled = read = seconds = steps = 0
+        for n, columns in schedule(lengths, prompt, room):
+            arithmetic = n * (a + b * columns)  # one token in each of n rows; or n tokens read in
+            cache = n * columns * cached * (1 + 2 / 128)  # read, and moved once a chunk
+            sampled, read, steps = sampled + arithmetic, read + weights + cache, steps + (columns > 0)
+            seconds += max(weights / bandwidth, arithmetic / peak) + cache / bandwidth
+        c, d = fitted(True, lora)
+        step = sum(c * S + d * S**2 for S in (prompt + length for length in lengths))
+        rows.append({"card": name, "sampling": seconds, "step": step / peak, "sampling_flops": sampled,
+                     "step_flops": step, "read": read, "decoding_steps": steps})
+        print(f"|{name}|{seconds / 60:.1f} min|{step / peak / 60:.1f} min|{step / peak / 60:.1f} min|"
+              f"{sampled / 1e15:.0f}, {step / 1e15:.0f}|{read / 1e12:.0f}|")
+    drawn = sum(lengths) / len(lengths)
+    print(f"{prompts} x {GROUP} completions of {drawn:.0f} tokens on average, prompts of {prompt}; "
+          f"{OF_PEAK:.0%} of peak, {OF_BANDWIDTH:.0%} of bandwidth")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,7 +596,7 @@ def bench_4b(report, folder, device="cuda", limit=4096, count=128, waves=(64, 25
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is asked for, print the table, write the file."""
-    parts = ("memory", *SIZES, "4b")
+    parts = ("memory", *SIZES)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts (default: all)")
@@ -430,8 +604,14 @@ def main(arguments: list[str] | None = None) -> None:
                         "(default: %(default)s)")
     parser.add_argument("--turns", type=int, help="turns that are counted (default: {})".format(
         ", ".join(f"{size.turns} {name}" for name, size in SIZES.items())))
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench.json", help="default: %(default)s")
+    parser.add_argument("--gpu", action="store_true", help="instead: a random Qwen3-4B on a GPU")
+    parser.add_argument("--tiny", action="store_true", help="with --gpu: a tiny model on the CPU")
+    parser.add_argument("--costs", action="store_true", help="instead: what an iteration of 4B should cost")
+    parser.add_argument("--out", type=Path, help="default: runs/bench.json, with --gpu runs/bench-gpu.json")
     args = parser.parse_args(arguments)
+    out = args.out or ROOT / "runs" / ("bench-gpu.json" if args.gpu else "bench.json")
+    if args.gpu and not args.tiny and not torch.cuda.is_available():
+        parser.error("--gpu needs a GPU; --gpu --tiny shows on the CPU that it runs")
     if args.prompts < 4 or args.prompts % 4:
         parser.error("--prompts must be a multiple of 4")
     if args.turns is not None and args.turns < 1:
@@ -439,17 +619,27 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     pipo.transformers.utils.logging.disable_progress_bar()
+    if args.costs:
+        costs()
+        return
     check_greedy()
     report = Report()
+    if args.gpu:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:  # a checkpoint of 4B takes 45 GiB
+            if args.tiny:
+                bench_gpu(report, Path(folder), "cpu", limit=64, count=4, waves=(16, 32), **TINY)
+            else:
+                bench_gpu(report, Path(folder))
+        report.write(out, processor() if args.tiny else torch.cuda.get_device_name())
+        return
     with tempfile.TemporaryDirectory() as folder:
         if "memory" in args.only:
             bench_memory(report)
         for name in (name for name in SIZES if name in args.only):
             size = SIZES[name]._replace(**{"turns": args.turns} if args.turns else {})
             bench_size(report, name, size, args.prompts, Path(folder))
-        if "4b" in args.only and torch.cuda.is_available():
-            bench_4b(report, Path(folder))
-    report.write(args.out)
+    report.write(out, processor())
 
 
 if __name__ == "__main__":

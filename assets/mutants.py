@@ -71,7 +71,7 @@ FAULTS = [
                 p.grad = torch.zeros_like(p)
             optimizer.step()
 """, "signal"),
-    Fault("a-step-on-numbers-that-are-not-finite", "        if finite:\n", "        if True:\n", "finite"),
+    Fault("a-step-on-numbers-that-are-not-finite", "if not math.isfinite(norm + loss_sum):", "if False:", "finite"),
 
     Fault("lr-never-set", 'group["lr"] = lr', "pass", "learning_rate"),
 
@@ -94,6 +94,17 @@ FAULTS = [
     Fault("evaluations-drawn-anew", 'cfg.seed, "evaluation")',
           'cfg.seed, "evaluation", run.step)', "evaluation"),
 
+    # What users bring
+    Fault("missing-weights-are-drawn", '    if found["missing_keys"]:', "    if False:", "missing"),
+    Fault("the-first-gold-only", "for gold in problem.golds]", "for gold in problem.golds[:1]]", "gold"),
+    Fault("mu-over-kept-groups", "return joined(batches, groups), rewards.mean(",
+          "return joined(batches, groups), rewards[groups].mean(", "dynamic"),
+    Fault("truncated-are-trained", "batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0", "pass",
+          "truncated"),
+    Fault("naive-pass-at-k", "math.comb(n - int(c), k) / math.comb(n, k)", "(1 - int(c) / n) ** k", "pass_at"),
+    Fault("turn-ends-nothing", "ids.update(i for i in first if i in tokenizer.added_tokens_decoder)", "pass",
+          "turn"),
+
     # Sampling
     Fault("top-p-in-the-log-probabilities", "return tokens, logprobs.gather(", """\
 if temperature and top_p < 1:
@@ -110,8 +121,11 @@ if temperature and top_p < 1:
     # Verifying
     Fault("a-tolerance-for-fractions", "return 0 if gap == 0 else",
           "return 0 if abs(gap) < 1e-3 else", "answers"),
-    Fault("hedges-are-paid", "require(not HEDGES.intersection(words) and len(words) < 10)",
-          "require(len(words) < 10)", "answers"),
+    Fault("hedges-are-paid",
+          "require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)",
+          "require(len(words) < 12)", "answers"),
+    Fault("an-unfinished-thought-is-paid", "grade(text, gold, problem.thinking)", "grade(text, gold)",
+          "thought"),
     Fault("the-first-box-counts", r'max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)',
           r'max(text.find(r"\boxed"), text.find(r"\fbox"), 0)', "extraction"),
 
@@ -120,14 +134,19 @@ if temperature and top_p < 1:
           "masters or precisions"),
 
     # Files
-    Fault("old-checkpoint-deleted-first", 'open(path.with_suffix(".partial"), "wb")',
-          '(path.unlink(missing_ok=True), open(path.with_suffix(".partial"), "wb"))[1]', "kill"),
+    Fault("old-checkpoint-deleted-first", 'open(partial_file, "wb")',
+          '(partial_file.with_suffix(".pt").unlink(missing_ok=True), open(partial_file, "wb"))[1]', "kill"),
     Fault("window-not-restored", 'run.tracker.history.extend(state["window"])', "pass", "unbroken"),
     Fault("previous-batch-not-restored", "run.previous = Batch(", "Batch(", "unbroken"),
-    Fault("moments-not-restored", 'run.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))', "pass",
+    Fault("moments-not-restored", 'run.optimizer.load_state_dict(state["optimizer"])', "pass",
           "unbroken"),
     Fault("past-xi-not-restored", 'run.past_xi, run.step = state["past_xi"], state["step"]',
           'run.step = state["step"]', "unbroken"),
+    Fault("flipped-bits-are-loaded", "        if broken:\n", "        if False:\n", "checkpoint"),
+    Fault("no-lock", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "share"),
+    Fault("other-problems-on-resume", "        raise UserError(f\"--resume goes on with what a run began",
+          "        print(f\"--resume goes on with what a run began", "began_with"),
+    Fault("a-signal-saves-nothing", "save_now = last or caught or", "save_now = last or", "signal"),
     Fault("order-starts-over-on-resume", "pick_problems(problems, run.step + 1, cfg)",
           "pick_problems(problems, bar.n - bar.initial + 1, cfg)", "unbroken"),
 ]

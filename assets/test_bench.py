@@ -48,13 +48,40 @@ def test_log_probabilities_take_less_memory_in_chunks():
     assert 0 < bench.logprob_memory("chunked", 20_000) < bench.logprob_memory("plain", 20_000)
 
 
-def test_the_part_for_a_gpu_runs_on_a_cpu_too(tmp_path):
+def test_the_part_for_a_gpu_runs_on_a_cpu_too(tmp_path, capsys):
     """Where there is no GPU nobody would notice that it is broken."""
-    report = bench.Report()
-    bench.bench_4b(report, tmp_path, "cpu", limit=128, count=2, waves=(8,), **TINY)
-    assert report.rows["gpu_tokens_8"]["ratio"] > 0
-    assert report.rows["gpu_iteration_logprob_gap"]["ours"] < 1e-3
-    assert report.rows["gpu_iteration_verification"]["ours"] > 0
+    out = tmp_path / "runs" / "gpu.json"
+    bench.main(["--gpu", "--tiny", "--out", str(out)])
+    (record,) = json.loads(out.read_text()).values()
+    rows, phases = record["rows"], ("sampling", "verification", "exploration")
+    assert set(rows) == {
+        "gpu_tokens_16", "gpu_tokens_32", "gpu_step1_grpo", "gpu_step1_gspo", "gpu_save", "gpu_resume",
+        *(f"gpu_{what}_{phase}" for what in ("seconds", "memory") for phase in phases)}
+    assert all(rows[f"gpu_seconds_{phase}"]["ours"] > 0 for phase in phases)
+    for base in ("grpo", "gspo"):  # in fp32 sampler and trainer agree
+        assert rows[f"gpu_step1_{base}"]["gap"] < 1e-4 and rows[f"gpu_step1_{base}"]["clipped"] == 0
+    assert not list(out.parent.glob("tmp*"))  # the checkpoint of 4B would be 45 GiB
+    with pytest.raises(SystemExit):
+        bench.torch.cuda.is_available() and sys.exit()  # where there is one, it would run
+        bench.main(["--gpu", "--out", str(out)])
+    assert "needs a GPU" in capsys.readouterr().err or bench.torch.cuda.is_available()
+
+
+def test_costs_are_those_of_a_napkin():
+    """4B: 2 FLOPs a weight and token forward, 8 with the backward pass and what it computes again."""
+    sizes = dict(bench.TINY, hidden_size=256, intermediate_size=1024)
+    with bench.torch.device("meta"):
+        shapes = bench.Qwen3ForCausalLM(bench.bench_config(4096, **sizes))
+    weights = sum(p.numel() for p in shapes.parameters() if p.ndim == 2)  # the head is the embedding
+    attention = 4 * 8**2 * 2 * 8  # at 8 tokens: scores and sums over values, of 2 heads of 8
+    assert bench.flops(8, False, **sizes) == 2 * 8 * weights + attention
+    stops_before = 2 * 8 * 256 * 1024  # a layer is computed again only up to its last product
+    assert bench.flops(8, True, **sizes) == 4 * (2 * 8 * weights + attention) - stops_before
+    waves = list(bench.schedule([100] * 7 + [300], prompt=10, room=10**6))
+    assert waves[0] == (10, 0) and waves[1] == (8, 11)
+    assert waves[-1] == (1, 10 + 3 * 128) and len(waves) == 1 + 3 * 128
+    narrow = list(bench.schedule([100] * 8, prompt=10, room=2 * 138))
+    assert sum(columns > 0 for _, columns in narrow) == 4 * 128 and max(n for n, c in narrow if c) == 2
 
 
 def test_a_greedy_difference_is_found(monkeypatch):
