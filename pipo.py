@@ -1300,7 +1300,8 @@ UNITS = table(r"""
 # What changes the number before it: by a known factor, or so that it is no longer an answer.
 WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8
     ninth 1/9 tenth 1/10 twelfth 1/12 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 billionth 1e-9
-    trillionth 1e-12 dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9 trillion 1e12""".split()
+    trillionth 1e-12 dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9
+    trillion 1e12""".split()
 FACTORS = {word: Fraction(worth) for word, worth in zip(WORTH[::2], WORTH[1::2])}
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
@@ -2464,8 +2465,8 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 # What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
 STOP_SIGNALS = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 LOGS = ("metrics.jsonl", "samples.jsonl")
-STATE_KEYS = set("config dtype optimizer_device cache_tokens step past_xi model optimizer window previous read "
-                 "logs".split())
+STATE_KEYS = set("""config dtype optimizer_device cache_tokens step past_xi model optimizer window previous
+    read logs""".split())
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
 # What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
 MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models",
