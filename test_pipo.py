@@ -270,8 +270,8 @@ def without_times(rows):
 
 
 def own_process(*arguments):
-    """Arguments of subprocess: `python ...`, offline."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    """Arguments of subprocess: `python ...`, offline, on one thread: another number rounds otherwise."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as in this process
     return dict(args=[sys.executable, *map(str, arguments)], cwd=HERE, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -2756,7 +2756,7 @@ def test_a_closed_pipe_and_an_ascii_terminal_do_not_end_a_run(folder, tmp_path):
     run = command(cfg)
     run["args"][1:3] = ["pipo.py"]
     line = f"set -o pipefail; {shlex.join(run['args'])} 2>&1 | head -1"
-    run |= dict(args=["bash", "-c", line], env={**os.environ, "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"})
+    run |= dict(args=["bash", "-c", line], env=run["env"] | {"PYTHONIOENCODING": "ascii"})
     done = subprocess.run(**run)
     assert done.returncode == 0, done.stderr
     assert len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3 and (tmp_path / "run" / "model").exists()
