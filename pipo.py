@@ -2685,6 +2685,7 @@ def signals_caught():
 def parse(arguments: list[str] | None = None) -> Config:
     """Flags from the fields of Config; without --model, the demo's values stand where none was given."""
     parser = argparse.ArgumentParser(description="PIPO in one file. Without --model: an offline demo.",
+                                     usage="python pipo.py [--setting value ...]; --help lists them",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     types = get_type_hints(Config)
     for f in fields(Config):
