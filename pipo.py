@@ -66,7 +66,6 @@ import signal
 import statistics
 import sys
 import textwrap
-import threading
 import time
 import unicodedata
 import zipfile
