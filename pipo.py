@@ -830,11 +830,12 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
         while label in held_out:
             label += "+"
         held_out[label] = found[:cfg.eval_limit or None]
-    prompts = [len(p.prompt) for some in (problems, *held_out.values()) for p in some]
-    check_positions(path, max(prompts) + cfg.max_new_tokens)
+    asked = [p.prompt for some in (problems, *held_out.values()) for p in some]
+    check_positions(path, max(map(len, asked)) + cfg.max_new_tokens)
     torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
-    highest = max(tokenizer.get_vocab().values())
+    # those added to it count where they are asked: gemma-3-1b has one for images that its model lacks
+    highest = max(tokenizer.vocab_size - 1, *map(max, asked))
     if highest >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {path} has a token {highest}, but the model no embedding for it")
     if cfg.kl_coef:
@@ -1194,7 +1195,8 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
     mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
-    texts = [decode(tokenizer, row.tokens) for row in rows]
+    # the end is no text, though a tokenizer that knows one end alone would show the others: <|eot_id|>
+    texts = [decode(tokenizer, [token for token in row.tokens if token not in eos]) for row in rows]
     left = None if room == sys.maxsize else room
     prompts = [row.prompt for row in rows]
     return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
@@ -2399,20 +2401,48 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
 DEMO_EVAL, DEMO_WARM, DEMO_TRAIN, DEMO_DIGITS = 512, 16384, 16384, 3
 
 
+def addition(pair: int, digits: int) -> dict:
+    """Addition number `pair` of two numbers of so many digits, as a row (problem, worked, answer)."""
+    low, span = 10**(digits - 1), 9 * 10**(digits - 1)
+    a, b = low + pair // span, low + pair % span
+    columns, carry = [], 0
+    for i in range(digits):  # column by column, from the right
+        x, y = a // 10**i % 10, b // 10**i % 10
+        columns.append(f"{x}+{y}+{carry}={x + y + carry}")
+        carry = (x + y + carry) // 10
+    return {"problem": f"{a}+{b}?", "worked": f"{' '.join(columns)} \\boxed{{{a + b}}}", "answer": str(a + b)}
+
+
 def demo_rows(seed: int) -> tuple[list[dict], ...]:
-    """Additions as rows (problem, worked, answer), no pair twice: evaluation, warm start, training."""
-    low, high = 10**(DEMO_DIGITS - 1), 10**DEMO_DIGITS
-    rows = []
-    for pair in random.Random(seed).sample(range((high - low)**2), DEMO_EVAL + DEMO_WARM + DEMO_TRAIN):
-        a, b = low + pair // (high - low), low + pair % (high - low)
-        columns, carry = [], 0
-        for i in range(DEMO_DIGITS):  # column by column, from the right
-            x, y = a // 10**i % 10, b // 10**i % 10
-            columns.append(f"{x}+{y}+{carry}={x + y + carry}")
-            carry = (x + y + carry) // 10
-        worked = f"{' '.join(columns)} \\boxed{{{a + b}}}"
-        rows.append({"problem": f"{a}+{b}?", "worked": worked, "answer": str(a + b)})
+    """Additions, no pair twice: evaluation, warm start, training."""
+    pairs = random.Random(seed).sample(range(81 * 100**(DEMO_DIGITS - 1)), DEMO_EVAL + DEMO_WARM + DEMO_TRAIN)
+    rows = [addition(pair, DEMO_DIGITS) for pair in pairs]
     return rows[:DEMO_EVAL], rows[DEMO_EVAL:-DEMO_TRAIN], rows[-DEMO_TRAIN:]
+
+
+def supervise(run: Run, prompts: list, solutions: list, probe: list[Problem], cfg: Config, rows_a_step=64):
+    """Teach a model worked solutions (both lists of token ids) until it solves cfg.warm_start of `probe`."""
+    tokens = padded(solutions, run.model.device)  # (n, T)
+    mask = padded([[1.0] * len(s) for s in solutions], run.model.device)  # (n, T)
+    bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
+    for step in bar:
+        generator = rng("cpu", cfg.seed, "warm start", step)
+        rows = torch.randint(len(prompts), (rows_a_step,), generator=generator)
+        logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
+        loss = -logprobs.sum() / mask[rows].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if step % 10 == 0:
+            generator = rng(run.model.device, cfg.seed, "probe", step)
+            right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
+            bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
+            if right >= cfg.warm_start:
+                break
+    else:
+        raise UserError(f"after {step} steps the warm start solves {right:.0%}, not {cfg.warm_start:.0%}")
+    bar.close()
 
 
 def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
@@ -2430,29 +2460,10 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
     model = transformers.Qwen3ForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     run = Run(model, tokenizer, optimizer, tracker=None)
-    prompts = [tokenizer(row["problem"]).input_ids for row in warm]
-    solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm]
-    tokens = padded(solutions, device)  # (n, T)
-    mask = padded([[1.0] * len(s) for s in solutions], device)  # (n, T)
     probe = read_problems(warm[:256], tokenizer, cfg, "the warm start")  # not trained on
-    bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
-    for step in bar:
-        generator = rng("cpu", cfg.seed, "warm start", step)
-        rows = torch.randint(len(probe), len(prompts), (64,), generator=generator)
-        logprobs = token_logprobs(model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
-        loss = -logprobs.sum() / mask[rows].sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 0:
-            right = evaluate(run, {"probe": probe}, cfg, rng(device, cfg.seed, "probe", step))["eval_pass@1"]
-            bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
-            if right >= cfg.warm_start:
-                break
-    else:
-        raise UserError(f"after {step} steps the warm start solves {right:.0%}, not {cfg.warm_start:.0%}")
-    bar.close()
+    prompts = [tokenizer(row["problem"]).input_ids for row in warm[256:]]
+    solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm[256:]]
+    supervise(run, prompts, solutions, probe, cfg)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

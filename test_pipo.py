@@ -54,6 +54,7 @@ from typing import get_origin, get_type_hints
 
 import datasets
 import mpmath
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -2135,6 +2136,26 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(folder, tmp_
     refused(folder, tmp_path / "run", "has a token 32, but the model no embedding for it", model=str(larger))
 
 
+def test_an_added_token_without_embedding_that_no_prompt_uses(folder, tmp_path):
+    """gemma-3-1b's tokenizer has one for images, and its model, which reads text alone, no embedding for it."""
+    tokenizer = letter_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert max(tokenizer.get_vocab().values()) == 28
+    where = in_folder(tiny_model(), tmp_path / "model", tokenizer)
+    assert len(pipo.train(settings(folder, tmp_path / "run", model=str(where), steps=1))) == 1
+    rows = [{"problem": "ab<image>", "answer": "1"}] * 4
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(folder, tmp_path / "other", "has a token 28, but the model no embedding for it", model=str(where),
+            dataset=str(tmp_path / "train.jsonl"))
+
+
+def test_no_end_of_a_completion_is_in_its_text():
+    """Llama 3's tokenizer calls one of its ends special; the other, <|eot_id|>, stood behind every answer."""
+    batch = pipo.sample(tiny_model(), letter_tokenizer(), PROMPTS, 8, 12, generator=pipo.rng("cpu", 0))
+    ended = {LETTERS[token - 2] for token in (5, 9)}
+    assert not batch.truncated.all() and not any(set(text) & ended for text in batch.texts)
+
+
 @pytest.mark.parametrize("name, content", [
     ("model.safetensors", b""), ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
     ("model.safetensors", None), ("tokenizer.json", b"{}"), ("config.json", b"{"), ("config.json", b"[1]")])
@@ -2972,6 +2993,66 @@ def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
         assert (tmp_path / name).stat().st_size > 10_000
     wrong = experiment("plot", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "holds no step" in wrong.stderr
+
+
+@pytest.fixture
+def on_paper(monkeypatch):
+    """assets/experiment.py, whose formulas the README's results rest on."""
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import experiment
+    return experiment
+
+
+def test_a_steady_rise_has_the_same_xi_however_fast_it_is(on_paper):
+    """On steady progress PIPO is a constant replay. By the tracker itself."""
+    for K in (4, 8, 16):
+        for pace in (1e-4, 0.03):
+            tracker = pipo.ImprovementTracker(K)
+            for i in range(K):
+                tracker.push(0.2 + pace * i)
+            assert tracker.feedback(0.2 + pace * K).xi == pytest.approx(on_paper.perfect_xi(K), rel=1e-6)
+
+
+def test_the_noise_of_a_mean_reward_by_drawing_prompts_and_samples(on_paper):
+    """Plain, held against rates known, and against rates from earlier samples or of a class."""
+    random, Q, G, n = np.random.default_rng(0), 16, 8, 40_000
+    centre = random.choice([0.2, 0.5, 0.8], (n, Q))  # of the class
+    p = centre + random.choice([-0.1, 0.1], (n, Q))
+    between, within, explained = 0.06 + 0.01, np.mean(p * (1 - p)), 0.06 / 0.07
+    mean = random.binomial(G, p) / G
+    earlier = random.binomial(4, p) / 4
+    for measured, formula in (
+            (mean, on_paper.reward_variance(between, within, Q, G)),
+            (mean - p, on_paper.paired_variance(between, within, Q, G)),
+            (mean - earlier, on_paper.paired_variance(between, within, Q, G, earlier=4)),
+            (mean - centre, on_paper.paired_variance(between, within, Q, G, explained=explained))):
+        assert measured.mean(1).var() == pytest.approx(formula, rel=0.05)
+
+
+def test_how_much_xi_knows_by_simulating_runs(on_paper):
+    """The numerator as the formula says; xi itself within 0.03 of it, at windows and noises around ours."""
+    random, n = np.random.default_rng(0), 100_000
+    for K in (8, 16):
+        for step in (0.1, 0.3, 1.0):  # in standard deviations of the noise
+            changes = step * (0.3 + random.standard_normal((n, K + 1)))  # with a steady part
+            mu = changes.cumsum(1) + random.standard_normal((n, K + 1))
+            gap, formula = mu[:, K] - mu[:, :K].mean(1), on_paper.xi_correlation(step, 1.0, K)
+            assert np.corrcoef(gap, changes[:, K])[0, 1] == pytest.approx(formula, abs=0.01)
+            xi = gap / mu[:, :K].std(1, ddof=1)
+            assert np.corrcoef(xi, changes[:, K])[0, 1] == pytest.approx(formula, abs=0.03 if step < 1 else 0.06)
+    needed = on_paper.prompts_needed(0.4, 0.01, 0.1, 0.1, 8, 8)
+    variance = on_paper.reward_variance(0.1, 0.1, needed, 8)
+    assert on_paper.xi_correlation(0.01, variance, 8) == pytest.approx(0.4)
+    assert on_paper.prompts_needed(0.6, 0.01, 0.1, 0.1, 8, 8) == math.inf  # at K = 8 none reaches 0.56
+
+
+def test_pairing_takes_out_the_luck_of_the_draw(on_paper):
+    """Three easy prompts drawn for one hard: mu says 0.74, but the policy's rate is 0.5, and no less after it rose."""
+    pairing = on_paper.Paired(("easy", "hard"))
+    for _ in range(60):
+        pairing([0.9, 0.1], ["easy", "hard"])
+    assert pairing([0.9, 0.9, 0.9, 0.1], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.5, abs=0.01)
+    assert pairing([1.0, 1.0, 1.0, 0.2], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.6, abs=0.02)
 
 
 def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit(monkeypatch):
