@@ -59,15 +59,42 @@ ARMS = {
     "shuffled": dict(feedback="shuffled", lam=0.1),
     "grpo-2": dict(feedback="none", epochs=2),
 }
+# What a perfect xi would bring, and the constant that it is on steady progress (perfect_xi).
+ORACLES = {
+    "constant-1.84": dict(feedback="constant", constant=1.84),
+    "oracle": dict(feedback="pipo", lam=0.1, told="truth"),
+    "oracle-lam1": dict(feedback="pipo", lam=1.0, told="truth"),
+}
+KNOBS = {  # of the paper and of its first version
+    "pipo-K4": dict(feedback="pipo", lam=0.1, window=4),
+    "pipo-K16": dict(feedback="pipo", lam=0.1, window=16),
+    "pipo-v1": dict(feedback="pipo", lam=0.0, xi_clip=0.5),
+    "pipo-v1-lam1": dict(feedback="pipo", lam=1.0, xi_clip=0.5),
+}
+WATCHED = {  # where updates do harm
+    **{arm: ARMS[arm] for arm in ("grpo", "pipo", "pipo-lam1", "constant", "shuffled")},
+    "oracle": ORACLES["oracle"],
+    "roll-back": dict(feedback="none", roll_back=-2.0),
+}
+MIXED = {
+    "grpo": ARMS["grpo"],
+    "pipo": ARMS["pipo"] | dict(measured=512),
+    "pipo-paired": ARMS["pipo"] | dict(measured=512, told="paired"),
+    "constant": ARMS["constant"],
+    "oracle": ORACLES["oracle"],
+}
 # condition -> common settings, arms (the first is what the others are held against), seeds at most
 CONDITIONS = {
     "sweep": ({}, {f"lr{lr:g}": dict(feedback="none", lr=lr) for lr in SWEEP}, SWEEP_SEEDS),
-    "safe": (dict(lr=SAFE_LR), ARMS, SEEDS),
+    "safe": (dict(lr=SAFE_LR), ARMS | ORACLES | KNOBS, SEEDS),
     "probe": (dict(lr=SAFE_LR, eval_every=1, prompts_per_step=32), {"pipo": ARMS["pipo"]}, SEEDS),
     "noisy": (dict(lr=SAFE_LR, reward_noise=0.1), ARMS, SEEDS),
-    "edge": (dict(lr=EDGE_LR), ARMS, SEEDS),
+    "edge": (dict(lr=EDGE_LR), ARMS | ORACLES, SEEDS),
     "gspo": (dict(lr=SAFE_LR, base="gspo"),
              {"gspo": ARMS["grpo"], "pipo": ARMS["pipo"], "constant": ARMS["constant"]}, SEEDS),
+    "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED, SEEDS),
+    "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED, SEEDS),
+    "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED, SEEDS),
 }
 
 
@@ -84,6 +111,199 @@ def wanted(args) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Variants. What only this experiment needs, as wrappers around pipo.iteration, switched on by settings that are
+# none of pipo's own:
+#   told      "truth": the tracker hears J(theta_t) in place of mu_t; "paired": mu_t less the luck of the draw
+#   measured  every row has J(theta_t), on so many problems, the worked solutions' part of it
+#   sabotage  at a tenth of the steps exploration does harm: "inverted" advantages, or "tenfold" learning rate
+#   roll_back below this xi, the weights and moments of the step before come back
+#   task      "mixed": additions of one to five digits in place of the demo's
+# ------------------------------------------------------------------------------------------------------------
+
+VARIANTS = ("told", "measured", "sabotage", "roll_back", "task")
+
+
+def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True) -> float:
+    """J(theta) on these problems: the probability of the worked solution, and the sampled rest of what is right.
+
+    The first part is exact and nearly all of J, so that what chance is left is that of the rest (only if `whole`):
+    0.4 points for 512 problems and 1 % of such answers, where 4,096 plain samples have 0.7. The random numbers are
+    always the same.
+    """
+    import pipo
+    import torch
+    prompts, exact = [problem.prompt for problem in problems], 0.0
+    with torch.no_grad():
+        for i in range(0, len(prompts), 128):
+            tokens = pipo.padded(worked[i:i + 128], "cpu")  # (n, T)
+            mask = pipo.padded([[1.0] * len(row) for row in worked[i:i + 128]], "cpu")  # (n, T)
+            exact += pipo.token_logprobs(run.model, prompts[i:i + 128], tokens, mask).sum(1).exp().sum().item()
+    if not whole:
+        return exact / len(prompts)
+    batch = pipo.sample(run.model, run.tokenizer, prompts, 1, cfg.max_new_tokens, generator=pipo.rng("cpu", "J"))
+    right = pipo.grade_all(batch, problems)[0].flatten().tolist()
+    rest = [reward for reward, mask, tokens, solution in zip(right, batch.mask, batch.tokens.tolist(), worked)
+            if tokens[:int(mask.sum())] != solution]
+    return (exact + sum(rest)) / len(prompts)
+
+
+def telling(tracker) -> dict:
+    """Let a tracker hear what is put into the dict returned, as "mu", in place of the batch's mean reward."""
+    told, feedback, push = {}, tracker.feedback, tracker.push
+    tracker.feedback = lambda mu: feedback(told["mu"])
+    tracker.push = lambda mu: push(told["mu"])
+    return told
+
+
+def measured(iteration, rows: list[dict], tell: bool):
+    """An iteration that begins by measuring J on `rows`; `tell`: the tracker hears it."""
+    import pipo
+    kept = {}
+
+    def wrapped(run, problems, cfg):
+        if not kept:
+            kept["problems"] = pipo.read_problems(rows, run.tokenizer, cfg, "measured")
+            kept["worked"] = [run.tokenizer(row["worked"]).input_ids + [run.tokenizer.eos_token_id]
+                              for row in rows]
+            kept["told"] = telling(run.tracker) if tell else {}
+        J = kept["told"]["mu"] = true_reward(run, kept["problems"], kept["worked"], cfg, whole=tell)
+        batch, row = iteration(run, problems, cfg)
+        return batch, row | {"J": J}
+
+    return wrapped
+
+
+class Paired:
+    """mu without the luck of which prompts were drawn: each reward is held against the rate of its class.
+
+    mu - mean of the classes drawn + mean of all classes: unbiased whatever the rates are, for they are estimated
+    from earlier batches alone, of which each counts nine tenths of the next.
+    """
+
+    def __init__(self, classes):
+        self.right, self.asked = {c: 0.5 for c in classes}, {c: 1.0 for c in classes}
+
+    def __call__(self, means: list[float], classes: list) -> float:
+        """The mean reward of each group and its class -> mu; then the rates take them in."""
+        rate = {c: self.right[c] / self.asked[c] for c in self.asked}
+        luck = np.mean([rate[c] for c in classes]) - np.mean(list(rate.values()))
+        for c in self.asked:
+            found = [mean for mean, own in zip(means, classes) if own == c]
+            self.right[c] = 0.9 * self.right[c] + sum(found)
+            self.asked[c] = 0.9 * self.asked[c] + len(found)
+        return float(np.mean(means) - luck)
+
+
+def paired(iteration):
+    """An iteration whose tracker hears Paired's mu; classes are the digits of the first number."""
+    import pipo
+    fill_in, pairing, told = pipo.fill_in_rewards, Paired(range(1, MIXED_DIGITS + 1)), {}
+
+    def graded(run, batch, cfg, *more):
+        failures = fill_in(run, batch, cfg, *more)
+        digits = [problem.text.index("+") for problem in batch.problems]
+        told["tracker"]["mu"] = told["paired_mu"] = pairing(batch.rewards.mean(1).tolist(), digits)
+        return failures
+
+    def wrapped(run, problems, cfg):
+        if not told:
+            told["tracker"], pipo.fill_in_rewards = telling(run.tracker), graded
+        batch, row = iteration(run, problems, cfg)
+        return batch, row | {"paired_mu": told["paired_mu"]}
+
+    return wrapped
+
+
+def harmful_steps(seed: int, steps: int) -> list[int]:
+    """The steps at which updates do harm: a tenth, from the first that has a xi on, the same for all arms."""
+    import random
+    return sorted(random.Random(seed).sample(range(WINDOW + 1, steps - 2), steps // 10))
+
+
+def sabotaged(iteration, kind: str, harmful: list[int]):
+    """An iteration whose exploration does harm at some steps; the batch keeps the advantages it was trained with."""
+    import pipo
+    advantages = pipo.group_advantages
+
+    def wrapped(run, problems, cfg):
+        harm = run.step + 1 in harmful
+        if harm and kind == "inverted":
+            pipo.group_advantages = lambda *given: -advantages(*given)
+        elif harm:
+            cfg = pipo.replace(cfg, lr=10 * cfg.lr, pi_lr=cfg.lr)
+        batch, row = iteration(run, problems, cfg)
+        pipo.group_advantages = advantages
+        return batch, row | {"harm": int(harm)}
+
+    return wrapped
+
+
+def rolling_back(iteration, below: float):
+    """An iteration after which, where xi fell below this, model and optimizer are as before the step that xi judges.
+
+    The batch that showed it was drawn by the model given up: it is not trained on, nor is its reward kept.
+    """
+    import copy
+    kept = {}
+
+    def wrapped(run, problems, cfg):
+        now = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+        batch, row = iteration(run, problems, cfg)
+        bad = row["xi"] is not None and row["xi"] < below
+        if bad:
+            weights, moments = copy.deepcopy(kept["before"])
+            run.model.load_state_dict(weights)
+            run.optimizer.load_state_dict(moments)
+            run.tracker.history.pop()
+        else:
+            kept["before"] = now
+        return batch, row | {"rolled_back": int(bad)}
+
+    return wrapped
+
+
+def with_variants(iteration, settings: dict, seed: int, folder: Path):
+    """pipo.iteration with what the settings of a run change of it; the outermost wrapper comes last."""
+    import pipo
+    if settings.get("sabotage"):
+        iteration = sabotaged(iteration, settings["sabotage"], harmful_steps(seed, settings["steps"]))
+    if settings.get("told") == "paired":
+        iteration = paired(iteration)
+    tell = settings.get("told") == "truth"
+    if size := 512 if tell else settings.get("measured"):
+        iteration = measured(iteration, pipo.read_jsonl(folder / "probe.jsonl")[:size], tell)
+    if settings.get("roll_back"):
+        iteration = rolling_back(iteration, settings["roll_back"])
+    return iteration
+
+
+MIXED_DIGITS, MIXED_ROWS = 5, 3000  # a class
+
+
+def mixed_rows() -> tuple[list[dict], ...]:
+    """Additions of one to five digits, as many of each: evaluation and probe, warm start, training.
+
+    Pairs of short numbers are few: those for evaluation are a fifth of them and asked about several times, and
+    are none of the others'.
+    """
+    import random
+
+    import pipo
+    parts, chosen = ([], [], []), random.Random(0)
+    for digits in range(1, MIXED_DIGITS + 1):
+        span = 9 * 10**(digits - 1)
+        pairs = chosen.sample(range(span**2), min(span**2, MIXED_ROWS))
+        fifth = len(pairs) // 5
+        held_out, others = pairs[:fifth], pairs[fifth:]
+        for part, source, size in zip(parts, (held_out, others, others), (320, 2400, 2400)):
+            drawn = (source * (size // len(source) + 1))[:size]
+            part += [pipo.addition(pair, digits) for pair in chosen.sample(drawn, size)]
+    for part in parts:
+        chosen.shuffle(part)
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Running. A finished run is a folder with result.json, or a line of a pack; what is neither starts again.
 # ------------------------------------------------------------------------------------------------------------
 
@@ -95,19 +315,32 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(path.with_name(path.name + ".partial"), path)
 
 
-def make_start(runs: Path) -> str:
-    """The common warm start and the problems, made once; returns a fingerprint of them all."""
+def task_folder(runs: Path, settings: dict) -> Path:
+    """Where the warm start and the problems of a run are."""
+    return runs / settings["task"] if "task" in settings else runs
+
+
+def make_start(runs: Path, mixed: bool = False) -> str:
+    """The common warm start and the problems of a task, made once; returns a fingerprint of them all."""
     start, files = runs / "start", [runs / f"{name}.jsonl" for name in ("train", "eval", "probe")]
     if not start.exists():
         import pipo
         import torch
         torch.set_num_threads(1)
-        held_out, warm, train = pipo.demo_rows(0)
-        for path, rows in zip(files, (train[:-PROBE_PROBLEMS], held_out, train[-PROBE_PROBLEMS:])):
+        own = {}
+        if mixed:
+            held_out, warm, train = mixed_rows()
+            held_out, probe = held_out[:512], held_out[-PROBE_PROBLEMS:]
+            own = dict(warm_start=0.4, max_new_tokens=64)
+        else:
+            held_out, warm, train = pipo.demo_rows(0)
+            train, probe = train[:-PROBE_PROBLEMS], train[-PROBE_PROBLEMS:]
+        for path, rows in zip(files, (train, held_out, probe)):
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         print("warm start: teaching the demo's model until it is sometimes right", flush=True)
         with open(runs / "start.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-            pipo.build_demo(str(runs / "start.partial"), pipo.Config(**pipo.DEMO), warm, torch.device("cpu"))
+            cfg = pipo.Config(**pipo.DEMO | own)
+            pipo.build_demo(str(runs / "start.partial"), cfg, warm, torch.device("cpu"))
         os.replace(runs / "start.partial", start)
     contents = b"".join(path.read_bytes() for path in [start / "model.safetensors", *files])
     return hashlib.sha256(contents).hexdigest()[:12]
@@ -133,15 +366,21 @@ def perform(job: dict, runs: Path, start: str) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     held_out = "probe.jsonl" if job["condition"] == "probe" else "eval.jsonl"
-    cfg = pipo.Config(**pipo.DEMO | job["settings"] | dict(
-        model=str(runs / "start"), dataset=str(runs / "train.jsonl"), eval_dataset=str(runs / held_out),
-        instruction="", seed=job["seed"], device="cpu", save_every=job["settings"]["steps"], show_every=0,
-        out=str(out)))
+    settings, folder = job["settings"], task_folder(runs, job["settings"])
+    own = {name: value for name, value in settings.items() if name not in VARIANTS}
+    cfg = pipo.Config(**pipo.DEMO | own | dict(
+        model=str(folder / "start"), dataset=str(folder / "train.jsonl"),
+        eval_dataset=[str(folder / held_out)], instruction="", seed=job["seed"], device="cpu",
+        save_every=settings["steps"], show_every=0, out=str(out)))
+    unchanged = pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages
+    pipo.iteration = with_variants(pipo.iteration, settings, job["seed"], folder)
     with open(out / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             pipo.train(cfg)
         except FloatingPointError as error:
             failed = str(error).split(";")[0]
+        finally:
+            pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages = unchanged
     rows = pipo.read_jsonl(out / "metrics.jsonl")
     for heavy in ("checkpoint", "model"):
         shutil.rmtree(out / heavy, ignore_errors=True)
@@ -200,15 +439,18 @@ def run(args) -> None:
                      f"{before['settings']}, not {job['settings']}: delete it, or run elsewhere, with --into")
         left += [] if before else [job]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already", flush=True)
-    start = make_start(args.runs) if left else None
-    if left and any(x["start"] != start for runs in done.values() for x in runs.values()):
-        sys.exit(f"{args.into} holds runs from another warm start; begin your own with --into DIR")
+    starts = {}
+    for condition in dict.fromkeys(job["condition"] for job in left):
+        common = CONDITIONS[condition][0]
+        starts[condition] = make_start(task_folder(args.runs, common), "task" in common)
+        if any(x["start"] != starts[condition] for x in done[condition].values()):
+            sys.exit(f"{args.into} holds runs from another warm start; begin your own with --into DIR")
     begun, total, spent = time.time(), sum(map(cost, left)), 0
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: sys.exit("stopped; the same command goes on, unfinished runs anew"))
     pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), set_up_worker)
     try:
-        futures = {pool.submit(perform, job, args.runs, start): job for job in left}
+        futures = {pool.submit(perform, job, args.runs, starts[job["condition"]]): job for job in left}
         for count, future in enumerate(as_completed(futures), 1):
             job, result = futures[future], future.result()
             done[job["condition"]][job["arm"], job["seed"]] = result
@@ -231,6 +473,9 @@ def run(args) -> None:
 MEASURES = {"end": "final pass@1 (%)", "best": "best (%)", "auc": "mean over the run (%)",
             "equal_time": "at equal time (%)", "seconds": "seconds", "collapsed": "collapsed (%)",
             "spikes": "gradient spikes", "length": "final tokens"}
+# Compared in pairs beside each arm with the first.
+PAIRS = (("pipo", "constant"), ("pipo", "shuffled"), ("pipo-paired", "pipo"), ("oracle", "pipo"),
+         ("oracle", "constant"), ("oracle", "constant-1.84"), ("roll-back", "pipo"))
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
          2.131)
 
@@ -284,7 +529,7 @@ def compare(runs: list[dict]) -> dict:
     for run in runs:
         arms.setdefault(run["arm"], {})[run["seed"]] = np.array(measures(run, time_up))
     pairs = [(arm, first) for arm in arms if arm != first]
-    pairs += [("pipo", arm) for arm in arms if arm in ("constant", "shuffled")]
+    pairs += [pair for pair in PAIRS if set(pair) <= arms.keys()]
     gaps = {f"{a} − {b}": [arms[a][seed] - arms[b][seed] for seed in arms[a] if seed in arms[b]]
             for a, b in pairs if a in arms}
 
@@ -386,13 +631,157 @@ def xi_report(into: Path) -> dict:
     probe = [run for run in read_pack(into, "probe") if run["rows"] > WINDOW + 3]
     report = {phase: {"noise": noise(probe, phase)} | {x: agreement(pairs(probe, phase, x)) for x in TARGETS}
               for phase in (PHASES if probe else ())}
-    looking_back = {"feedback": "pipo", "eval_every": 10}
+    looking_back = {"feedback": "pipo", "eval_every": 10, "window": WINDOW}
     others = [run for condition in CONDITIONS if condition != "probe" for run in read_pack(into, condition)
-              if looking_back.items() <= run["settings"].items() and run["rows"] > 20]
+              if looking_back.items() <= run["settings"].items() and run["rows"] > 20
+              and not {*VARIANTS, "xi_clip"} & run["settings"].keys()]
     if others:
         report["coarse"] = {f"change of J over the 10 steps {words}": agreement(pairs(others, "whole", x, 10))
                             for x, words in (("last", "before"), ("next", "after"))}
     return report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where updates do harm, and where problems are of unlike difficulty. Here J(theta_t) is in row t itself.
+# ------------------------------------------------------------------------------------------------------------
+
+LAGS = (1, 2, 3)  # steps after the harm at which xi could show it
+AFTER = 12  # steps that a harm is followed for
+
+
+def harmed(run: dict) -> np.ndarray:
+    """The steps (row numbers) of a run whose update did harm."""
+    return np.flatnonzero(series(run, "harm") == 1)
+
+
+def told_apart(runs: list[dict], lag: int) -> tuple[np.ndarray, np.ndarray]:
+    """xi of the steps `lag` after a harm, and of those that have no harm in the three steps before."""
+    after, free = [], []
+    for run in runs:
+        xi, harms = series(run, "xi"), harmed(run)
+        shown = {int(s) + i for s in harms for i in LAGS}
+        after += [xi[s + lag] for s in harms if s + lag < run["rows"]]
+        free += [xi[t] for t in range(run["rows"]) if t not in shown]
+    after, free = np.array(after), np.array(free)
+    return after[np.isfinite(after)], free[np.isfinite(free)]
+
+
+def area(after: np.ndarray, free: np.ndarray) -> float:
+    """Area under the ROC curve: how often xi is lower after a harm than at another step (1/2 is chance)."""
+    gaps = after[:, None] - free[None]
+    return float(((gaps < 0) + 0.5 * (gaps == 0)).mean())
+
+
+def aftermath(run: dict) -> np.ndarray:
+    """J at the steps 0 .. AFTER from each harm, less J before it, in points: (harms, AFTER + 1)."""
+    J = np.append(100 * series(run, "J"), np.full(AFTER, math.nan))
+    return np.array([J[s:s + AFTER + 1] - J[s] for s in harmed(run)])
+
+
+def harm_report(runs: list[dict]) -> dict:
+    """By arm: what xi detects, what a harm costs, and how long until J is back (AFTER where it never is)."""
+    report = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm and not run["failed"]]
+        lost, back = [], []
+        for run in own:
+            for path in aftermath(run):
+                known = path[np.isfinite(path)]
+                if len(known) == AFTER + 1:
+                    lost.append(-known.min())
+                    low = int(np.argmin(known[:6]))  # back: after the fall, not before it
+                    back.append(next((i for i in range(low, AFTER + 1) if i and known[i] >= 0), AFTER))
+        after, free = told_apart(own, 1)
+        report[arm] = {"detected": float((after < 0).mean()), "false_alarms": float((free < 0).mean()),
+                       **{f"area_{lag}": area(*told_apart(own, lag)) for lag in LAGS},
+                       "lost": float(np.mean(lost)), "back": float(np.median(back)),
+                       "mean_J": [100 * x for x in mean_and_half([np.nanmean(series(r, "J")) for r in own])],
+                       "harms": len(lost)}
+    return report
+
+
+def mixed_report(runs: list[dict]) -> dict:
+    """By arm: correlation of xi with the last step's change of J, and the noise of what the tracker was told."""
+    report = {}
+    for arm in ("pipo", "pipo-paired", "oracle"):
+        own = [run for run in runs if run["arm"] == arm and not run["failed"]]
+        if not own:
+            continue
+        pairs, noises = [], []
+        for run in own:
+            J, rows = series(run, "J"), phase_rows(run, "whole")
+            change = np.append(math.nan, np.diff(J))
+            pairs.append((series(run, "xi")[rows], change[rows]))
+            told = series(run, {"pipo": "mu", "pipo-paired": "paired_mu", "oracle": "J"}[arm])
+            noises.append((told - J)[rows] - np.nanmean((told - J)[rows]))
+        report[arm] = {"agreement": agreement(pairs), "noise": float(np.concatenate(noises).std()),
+                       "change": float(np.nanstd(np.concatenate([y for _, y in pairs])))}
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On paper. What xi can know: mu_t is J(theta_t) and noise of variance V, and J changes by `step` (its standard
+# deviation, whatever the steady part) each step, independently. test_pipo.py holds all of it against simulations.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def perfect_xi(K: int) -> float:
+    """xi where the reward rises by the same amount b each step, without noise, whatever b: sqrt(3 (K + 1) / K).
+
+    mu_t lies b (K + 1) / 2 above the mean of the K before, whose sample variance is b^2 K (K + 1) / 12.
+    """
+    return math.sqrt(3 * (K + 1) / K)
+
+
+def reward_variance(between: float, within: float, Q: int, G: int) -> float:
+    """Variance of the mean reward of Q drawn prompts with G samples each.
+
+    `between` is the variance over prompts of their success rate p, `within` the mean of p (1 - p).
+    """
+    return between / Q + within / (Q * G)
+
+
+def paired_variance(between: float, within: float, Q: int, G: int, explained=1.0, earlier=math.inf) -> float:
+    """The same where each prompt is held against its own success rate, as estimated from `earlier` samples of it.
+
+    Or against that of its class, which explains a share of `between` (with very many earlier samples).
+    """
+    return (1 - explained) * between / Q + within / Q * (1 / G + 1 / earlier)
+
+
+def xi_correlation(step: float, variance: float, K: int) -> float:
+    """Correlation of xi's numerator mu_t - mean(mu_{t-1} .. mu_{t-K}) with the last step's change of J.
+
+    The change i steps before the last is in the numerator with weight (K - i) / K, and the squares of these sum to
+    (K + 1) (2 K + 1) / (6 K). The division by sigma_his takes off another 5 % at K = 8 (20 % at 4) where noise is most.
+    """
+    walk = step**2 * (K + 1) * (2 * K + 1) / (6 * K)
+    return step / math.sqrt(walk + (1 + 1 / K) * variance)
+
+
+def prompts_needed(target: float, step: float, between: float, within: float, G: int, K: int) -> float:
+    """Q at which xi_correlation reaches a target; infinite where even a mean reward without noise would not."""
+    room = 1 / target**2 - (K + 1) * (2 * K + 1) / (6 * K)
+    return (1 + 1 / K) * reward_variance(between, within, 1, G) / (step**2 * room) if room > 0 else math.inf
+
+
+# What the paper's setting comes to: 128 prompts x 8 on MATH, where Var(p) is about half of p (1 - p) at p = 0.7.
+PAPER = dict(Q=128, G=8, between=0.105, within=0.105)
+
+
+def paper_table() -> str:
+    """Correlations in the paper's setting and around it."""
+    rows = []
+    for step in (0.001, 0.003, 0.01):
+        for Q in (16, 32, 128):
+            plain, own, class_ = (xi_correlation(step, variance, WINDOW) for variance in (
+                reward_variance(PAPER["between"], PAPER["within"], Q, 8),
+                paired_variance(PAPER["between"], PAPER["within"], Q, 8, earlier=8),
+                paired_variance(PAPER["between"], PAPER["within"], Q, 8)))
+            needed = prompts_needed(0.5, step, PAPER["between"], PAPER["within"], 8, WINDOW)
+            rows.append([f"{100 * step:g}", Q, f"{plain:.3f}", f"{own:.3f}", f"{class_:.3f}", f"{needed:,.0f}"])
+    return markdown(["sd of a step's change (points)", "Q", "ξ, plain", "paired with 8 earlier samples a prompt",
+                     "paired with known rates", "Q for 0.5, plain"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -406,11 +795,12 @@ def markdown(header: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+HARMS = {"inverted": "advantages inverted", "tenfold": "learning rate × 10"}
 BRIEF = {"safe": "safe rate", "noisy": "safe rate, noisy rewards", "edge": "rate at the edge", "gspo": "GSPO"}
 
 
-def brief(results: dict) -> list[str]:
-    """Tables of all arms and conditions for the README; in brackets the paired difference to GRPO."""
+def brief(results: dict, names: dict = BRIEF, arms=tuple(ARMS | ORACLES)) -> list[str]:
+    """Tables of arms and conditions for the README; in brackets the paired difference to the first."""
     def cell(condition, arm, measure):
         found, first = results[condition], next(iter(results[condition]["arms"]))
         name = first if arm == "grpo" else arm
@@ -420,13 +810,68 @@ def brief(results: dict) -> list[str]:
         return f"{found['arms'][name][measure][0]:.1f}" + (
             " ({:+.1f} ± {:.1f})".format(*gap[measure]) if gap else "")
 
-    conditions = [condition for condition in BRIEF if condition in results]
-    return [f"**{title}**\n\n" + markdown(["arm", *(BRIEF[condition] for condition in conditions)], [
-        [STYLES[arm][0], *(cell(condition, arm, measure) for condition in conditions)] for arm in ARMS])
+    conditions = [condition for condition in names if condition in results]
+    return [f"**{title}**\n\n" + markdown(["arm", *(names[condition] for condition in conditions)], [
+        [STYLES[arm][0], *(cell(condition, arm, measure) for condition in conditions)] for arm in arms])
             for measure, title in (("end", f"Held-out pass@1 (%) after {STEPS} iterations"),
                                    ("auc", "Held-out pass@1 (%), mean over the run"),
                                    ("equal_time", "Held-out pass@1 (%) at equal time, when GRPO ends"),
                                    ("collapsed", "Collapsed runs (%)"))]
+
+
+ON_PAPER = f"""## On paper
+
+**A perfect ξ on steady progress is a constant.** Let μ rise by b a step, without noise. Then μ_t is b·(K+1)/2 above the
+mean of the K before it, and the sample variance of those is b²·K(K+1)/12, so that ξ = √(3(K+1)/K) for every b > 0:
+{perfect_xi(4):.2f} at K = 4, {perfect_xi(8):.2f} at 8, {perfect_xi(16):.2f} at 16. Only a departure from a straight line says something.
+
+**The noise of μ.** Q prompts are drawn, each answered G times. By the law of total variance
+Var μ = Var_q(p)/Q + E[p(1−p)]/(QG): which prompts were drawn, and how they were answered.
+
+**What ξ can know.** Let J change each step by an independent amount of standard deviation s (any steady part aside). In
+μ_t − mean(μ_t−1 … μ_t−K) the change i steps before the last has the weight (K−i)/K; these squared sum to
+(K+1)(2K+1)/(6K), the noise is (1+1/K)·Var μ, and the last change itself has weight 1. So
+
+    correlation(ξ_t, ΔJ_t) = s / √(s²·(K+1)(2K+1)/(6K) + (1+1/K)·Var μ)
+
+which even without noise is at most {xi_correlation(1, 0, 8):.2f} at K = 8: seven other changes are in it too. (This is exact for the
+numerator; the division by σ_his takes off 5 % at K = 8 where noise prevails, and adds a little where it does not.)
+
+**Pairing.** Held against its own rate, a prompt brings no Var_q(p): what is left is E[p(1−p)]/(QG), with rates known, and
+E[p(1−p)]/Q·(1/G+1/m) with rates from m earlier samples each. Where Var_q(p) is half of p(1−p), as it is on MATH, that is
+1/(G+1) and 2/(G+1) of the variance, whatever Q.
+
+In the paper's setting and around it (Var_q(p) = E[p(1−p)] = {PAPER["between"]}, G = 8, K = 8):"""
+
+
+def harm_tables(results: dict) -> list[str]:
+    """What xi detects of harmful updates, what they cost, and the arms beside each other."""
+    text = []
+    for condition in (c for c in HARMS if c in results):
+        report = results[condition]["harm"]
+        rows = [[STYLES[arm][0], *(f"{x[name]:.0%}" for name in ("detected", "false_alarms")),
+                 *(f"{x[f'area_{lag}']:.2f}" for lag in LAGS), f"{x['lost']:.1f}", f"{x['back']:.0f}",
+                 "{:.1f} ± {:.1f}".format(*x["mean_J"]), x["harms"]] for arm, x in report.items()]
+        text.append(f"Harmful updates, {HARMS[condition]}: ξ < 0 at the step after one (detected), at steps without "
+                    "one in the three before (false alarms), and the area under the ROC curve one, two and three "
+                    f"steps after; points lost at the worst of {AFTER} steps, median steps until J is back "
+                    f"({AFTER}: not within them), and the mean of J over the run.\n\n" + markdown(
+                        ["arm", "detected", "false alarms", *(f"area, {lag} after" for lag in LAGS),
+                         "points lost", "steps until back", "mean J (%)", "harms"], rows))
+    return text
+
+
+def mixed_table(report: dict) -> str:
+    """What pairing does for the tracker."""
+    rows = []
+    for arm, x in report.items():
+        found, expected = x["agreement"], xi_correlation(x["change"], x["noise"]**2, WINDOW)
+        told = "–" if not found else "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["r"], *found["r_95"])
+        rows.append([STYLES[arm][0], f"{100 * x['change']:.2f}", f"{100 * x['noise']:.2f}", told,
+                     f"{expected:+.2f}"])
+    return "What the tracker was told, and what its ξ knows of the last step's change of J:\n\n" + markdown(
+        ["arm", "sd of a step's change (points)", "sd of what it was told, given J (points)",
+         "correlation of ξ with the change", "by the formula"], rows)
 
 
 def table(args) -> None:
@@ -473,7 +918,15 @@ def table(args) -> None:
         text += ["All other PIPO runs, evaluated every 10 steps:",
                  markdown(["change of J", *columns],
                           [[words, *xi_line(x)] for words, x in report["coarse"].items()])]
-    text = "\n\n".join(text[:1] + brief(results) + text[1:]) + "\n"
+    text += [ON_PAPER, paper_table()]
+    for condition in (c for c in HARMS if c in results):
+        results[condition]["harm"] = harm_report(read_pack(args.into, condition))
+    tables = brief(results)
+    tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results)
+    if "mixed" in results:
+        results["mixed"]["told"] = mixed_report(read_pack(args.into, "mixed"))
+        tables += brief(results, {"mixed": "one to five digits"}, MIXED)[:2] + [mixed_table(results["mixed"]["told"])]
+    text = "\n\n".join(text[:1] + tables + text[1:]) + "\n"
     print(text)
     write_whole(args.into / "results.md", text.encode())
     short = json.loads(json.dumps(results), parse_float=lambda x: float(f"{float(x):.5g}"),
@@ -491,7 +944,15 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "grpo-2": ("GRPO, 2 epochs", "#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "D"),
           "pipo-lam0": ("PIPO, λ = 0", "#E69F00", ":", "<"),
           "pipo-lam1": ("PIPO, λ = 1", "#56B4E9", (0, (3, 1)), ">"),
-          "gspo": ("GSPO", "#000000", "-", "o")}
+          "gspo": ("GSPO", "#000000", "-", "o"),
+          "constant-1.84": ("constant 1.84", "#56B4E9", "-", "d"),
+          "oracle": ("perfect ξ", "#E69F00", "-", "*"),
+          "oracle-lam1": ("perfect ξ, λ = 1", "#009E73", ":", "P"),
+          "roll-back": ("roll back", "#56B4E9", (0, (5, 1)), "X"),
+          "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p")}
+
+
+SHOWN = ("grpo", "gspo", "pipo", "pipo-lam1", "constant", "shuffled", "grpo-2", "oracle")
 
 
 def pyplot():
@@ -654,6 +1115,79 @@ def draw_xi(runs: list[dict], path: Path) -> None:
     save(figure, path)
 
 
+def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
+    """What xi can know of the last step's change: by the size of a step in noise, and by the number of prompts."""
+    plt, random = pyplot(), np.random.default_rng(0)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+    sizes = np.geomspace(0.02, 5, 101)
+    for K, arm in ((4, "shuffled"), (8, "pipo"), (16, "constant")):
+        _, colour, line, marker = STYLES[arm]
+        left.plot(sizes, [xi_correlation(size, 1, K) for size in sizes], color=colour, ls=line, label=f"K = {K}")
+        for size in (0.03, 0.1, 0.3, 1, 3):
+            changes = size * random.standard_normal((100_000, K + 1))
+            mu = changes.cumsum(1) + random.standard_normal(changes.shape)
+            xi = (mu[:, K] - mu[:, :K].mean(1)) / mu[:, :K].std(1, ddof=1)
+            left.plot(size, np.corrcoef(xi, changes[:, K])[0, 1], marker, color=colour, ms=5, mfc="white")
+    found, told = agreement([(series(r, "xi")[rows], true_change(r, "last")[rows])
+                             for r in probe for rows in [phase_rows(r, "whole")]]), noise(probe, "whole")
+    real = math.sqrt(told["share that is the last step's change of J"]) * told[
+        "root mean square of μ_t − μ_his, ξ's numerator"]
+    points = [("ours, 32 × 8", real / told["sd of μ_t given J(θ_t), the sampling noise"], found, "o")]
+    points += [(f"mixed: {name}", x["change"] / x["noise"], x["agreement"], marker) for name, x, marker in (
+        ("plain", mixed.get("pipo"), "s"), ("paired", mixed.get("pipo-paired"), "^")) if x and x["agreement"]]
+    for name, size, x, marker in points:
+        left.errorbar(size, x["r"], np.abs(np.array(x["r_95"]) - x["r"])[:, None], fmt=marker, color="black", ms=7,
+                      capsize=3, label=f"measured, {name}")
+    steps, V = (0.001, 0.003), reward_variance(**{n: PAPER[n] for n in ("between", "within", "Q", "G")})
+    left.axvspan(*(step / math.sqrt(V) for step in steps), color="#888888", alpha=0.25, lw=0,
+                 label="the paper's 128 × 8, if a step\nchanges J by 0.1 to 0.3 points")
+    left.set(xscale="log", xlabel="sd of a step's change of J, in sd of μ", ylim=(-0.02, 0.75),
+             ylabel=r"correlation of $\xi_t$ with the last step's change")
+    Q = np.geomspace(8, 30000, 101)
+    for step, arm in ((0.001, "constant"), (0.003, "pipo"), (0.01, "shuffled")):
+        _, colour, line, marker = STYLES[arm]
+        for variance, style, width in ((reward_variance, "-", 1.8), (paired_variance, ":", 1.8)):
+            right.plot(Q, [xi_correlation(step, variance(PAPER["between"], PAPER["within"], q, 8), WINDOW) for q in Q],
+                       color=colour, ls=style, lw=width,
+                       label=f"{100 * step:g} points a step" if style == "-" else None)
+    right.plot([], [], ":", color="#888888", label="paired with known rates")
+    right.axhline(xi_correlation(1, 0, WINDOW), color="#888888", lw=0.8)
+    right.text(9, xi_correlation(1, 0, WINDOW) + 0.01, "no noise at all", fontsize=9, color="#555555")
+    right.axvline(PAPER["Q"], color="#888888", lw=0.8, ls="--")
+    right.set(xscale="log", xlabel="Q, prompts a step (G = 8, K = 8, MATH's spread)", ylim=(-0.02, 0.75))
+    left.legend(loc="upper left", fontsize=8.5)
+    right.legend(loc="upper left", bbox_to_anchor=(0, 0.74), fontsize=8.5)
+    save(figure, path)
+
+
+def draw_harm(packs: dict[str, list[dict]], path: Path) -> None:
+    """Harmful updates, a row a kind: whether xi tells them from others (ROC), and how J falls and comes back."""
+    plt = pyplot()
+    figure, grid = plt.subplots(len(packs), 2, figsize=(10.5, 3.9 * len(packs)), squeeze=False, width_ratios=(2, 3))
+    for (left, right), (title, runs) in zip(grid, packs.items()):
+        left.plot([0, 1], [0, 1], color="#888888", lw=0.8)
+        for arm, lags in (("pipo", (1, 3)), ("oracle", (1, 3))):
+            for lag in lags:
+                after, free = told_apart([run for run in runs if run["arm"] == arm], lag)
+                cuts = np.sort(np.concatenate([after, free, [-np.inf, np.inf]]))
+                label, colour, *_ = STYLES[arm]
+                left.plot([(free <= c).mean() for c in cuts], [(after <= c).mean() for c in cuts], color=colour,
+                          ls="-" if lag == 1 else "--",
+                          label=f"{label if arm == 'oracle' else 'ξ'}, {lag} after: {area(after, free):.2f}")
+        left.set(title=title, ylabel="share of harmful updates found", xlabel="share of other steps taken for one")
+        left.legend(loc="lower right", fontsize=8.5, title="area under the curve")
+        right.axhline(0, color="#888888", lw=0.8)
+        for i, arm in enumerate(WATCHED):
+            paths = [x for run in runs if run["arm"] == arm and not run["failed"] for x in aftermath(run)]
+            if paths:
+                label, colour, line, marker = STYLES[arm]
+                right.plot(range(AFTER + 1), np.nanmean(paths, 0), color=colour, ls=line, marker=marker, ms=5,
+                           mfc="white", markevery=(i % 3, 3), label=label)
+        right.set(xlabel="steps after a harmful update", ylabel="J less J before it (points)")
+    grid[0][1].legend(loc="lower right", ncols=2, fontsize=8.5)
+    save(figure, path)
+
+
 def figures(args) -> None:
     """All pictures of this folder, as far as there are runs for them."""
     draw_distortion(args.into / "distortion.png")
@@ -662,7 +1196,8 @@ def figures(args) -> None:
     panels = {}
     for condition in (c for c in titles if c in args.only):
         for run in read_pack(args.into, condition):
-            panels.setdefault(titles[condition], {}).setdefault(run["arm"], []).append(run)
+            if run["arm"] in SHOWN:
+                panels.setdefault(titles[condition], {}).setdefault(run["arm"], []).append(run)
     if panels:
         draw_curves(panels, args.into / "curves.png")
     if inside := [run for run in read_pack(args.into, "safe") if run["arm"] == "pipo"]:
@@ -670,6 +1205,9 @@ def figures(args) -> None:
         draw_inside(inside[0], title, args.into / "inside.png")
     if probe := [run for run in read_pack(args.into, "probe") if run["rows"] > WINDOW + 3]:
         draw_xi(probe, args.into / "xi.png")
+        draw_paper(probe, mixed_report(read_pack(args.into, "mixed")), args.into / "paper.png")
+    if harm := {title: runs for condition, title in HARMS.items() if (runs := read_pack(args.into, condition))}:
+        draw_harm(harm, args.into / "harm.png")
 
 
 def plot(args) -> None:
