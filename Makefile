@@ -4,7 +4,7 @@ BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
 TORCH ?= torch
-.PHONY: help run test test-newest test-trl bench gpu mutants experiment figures plot clean
+.PHONY: help run test test-newest test-trl bench gpu mutants experiment real figures plot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,13 +32,19 @@ gpu: .venv/.installed ## a random Qwen3-4B on a GPU: plan against peak, speed, s
 mutants: .venv/.installed ## whether the tests notice planted faults (minutes; one of them: make mutants ARGS="--only NAME")
 	$(BIN)/python assets/mutants.py $(ARGS)
 
-experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ (under two hours; goes on where it stopped)
+experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ (hours; goes on where it stopped)
 	$(BIN)/python assets/experiment.py run $(ARGS)
 	$(BIN)/python assets/experiment.py table $(ARGS)
+
+real: .venv/.installed ## SmolLM2-135M on word problems, on a CPU (hours): make real DATA=folder/of/problems
+	$(BIN)/python assets/real_model.py prepare --data $(DATA)
+	$(BIN)/python assets/real_model.py run $(ARGS)
+	$(BIN)/python assets/real_model.py figure
 
 figures: .venv/.installed ## the README's figures and tables from the runs in assets/
 	$(BIN)/python assets/experiment.py table $(ARGS)
 	$(BIN)/python assets/experiment.py figures $(ARGS)
+	$(BIN)/python assets/real_model.py figure
 
 plot: .venv/.installed ## curves of your own runs: make plot RUNS="runs/a runs/b"
 	$(BIN)/python assets/experiment.py plot $(RUNS)

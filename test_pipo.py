@@ -3030,7 +3030,7 @@ def test_the_noise_of_a_mean_reward_by_drawing_prompts_and_samples(on_paper):
 
 
 def test_how_much_xi_knows_by_simulating_runs(on_paper):
-    """The numerator as the formula says; xi itself within 0.03 of it, at windows and noises around ours."""
+    """The numerator as the formula says; xi itself within 0.03 of it where noise prevails, 0.06 where it is even."""
     random, n = np.random.default_rng(0), 100_000
     for K in (8, 16):
         for step in (0.1, 0.3, 1.0):  # in standard deviations of the noise
@@ -3043,16 +3043,63 @@ def test_how_much_xi_knows_by_simulating_runs(on_paper):
     needed = on_paper.prompts_needed(0.4, 0.01, 0.1, 0.1, 8, 8)
     variance = on_paper.reward_variance(0.1, 0.1, needed, 8)
     assert on_paper.xi_correlation(0.01, variance, 8) == pytest.approx(0.4)
-    assert on_paper.prompts_needed(0.6, 0.01, 0.1, 0.1, 8, 8) == math.inf  # at K = 8 none reaches 0.56
+    assert on_paper.prompts_needed(0.6, 0.01, 0.1, 0.1, 8, 8) == math.inf  # its numerator cannot reach 0.57 at K = 8
 
 
 def test_pairing_takes_out_the_luck_of_the_draw(on_paper):
-    """Three easy prompts drawn for one hard: mu says 0.74, but the policy's rate is 0.5, and no less after it rose."""
+    """Three easy prompts drawn for one hard: mu says 0.7, the policy's rate is 0.5, and 0.6 after each rose by 0.1."""
     pairing = on_paper.Paired(("easy", "hard"))
     for _ in range(60):
         pairing([0.9, 0.1], ["easy", "hard"])
     assert pairing([0.9, 0.9, 0.9, 0.1], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.5, abs=0.01)
     assert pairing([1.0, 1.0, 1.0, 0.2], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.6, abs=0.02)
+
+
+def test_what_follows_a_harm_by_hand(on_paper):
+    """Guards against rows off by one, and a harm that is charged with the next one's fall."""
+    J = [0.5] * 12 + [0.5, 0.47, 0.46, 0.5, 0.51, 0.51, 0.3, 0.3]  # harms at rows 12 and 17
+    xi = [None] * 9 + [1.0, 2.0, 3.0, 1.5, -1.0, -2.0, 0.0, 0.0, 0.0, -3.0, -3.0]
+    columns = {"J": J, "xi": xi, "harm": [int(t in (12, 17)) for t in range(20)]}
+    run = dict(arm="pipo", seed=0, failed=None, rows=20, columns=columns)
+    first, = on_paper.aftermath(run)  # of the second too little is known
+    assert first[:6] == pytest.approx([0, -3, -4, 0, 1, 1]) and np.isnan(first[6:]).all()
+    after, free = on_paper.told_apart([run], 1)
+    assert after.tolist() == [-1.0, -3.0] and free.tolist() == [1.0, 2.0, 3.0, 1.5]
+    report = on_paper.harm_report([run])["pipo"]
+    assert (report["lost"], report["back"], report["area_1"]) == (pytest.approx(4), 3, 1.0)
+
+
+def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
+    """The experiment's wrappers around an iteration that only records what it was given."""
+    rewards, seen = torch.tensor([[1.0, 0.0]]), []
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = pipo.Run(model, None, optimizer, pipo.ImprovementTracker(2))
+
+    def iteration(run, problems, cfg):
+        run.step += 1
+        seen.append((pipo.group_advantages(rewards)[0, 0].item(), cfg.lr, model.weight.item()))
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        run.tracker.push(0.0)
+        return None, {"xi": next(xis)}
+
+    cfg = pipo.Config(lr=1.0)
+    xis = iter([None, None, None, 0.5, -3.0, 0.0])
+    for kind in ("inverted", "tenfold"):
+        run.step = 0
+        on_paper.sabotaged(iteration, kind, [1])(run, [], cfg)
+    assert [(advantage > 0, lr) for advantage, lr, _ in seen] == [(False, 1.0), (True, 10.0)]
+    assert pipo.group_advantages(rewards)[0, 0] > 0  # nothing stays changed
+    seen.clear()
+    rolling = on_paper.rolling_back(iteration, -2.0)
+    rows = [rolling(run, [], cfg)[1] for _ in range(4)]
+    assert [row["rolled_back"] for row in rows] == [0, 0, 1, 0]
+    assert seen[3][2] == seen[1][2] != seen[2][2]  # as before the step that the third iteration judged
+    told = on_paper.telling(run.tracker)
+    told["mu"] = 7.0
+    run.tracker.push(0.0)
+    assert run.tracker.history[-1] == 7.0
 
 
 def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit(monkeypatch):

@@ -59,7 +59,7 @@ ARMS = {
     "shuffled": dict(feedback="shuffled", lam=0.1),
     "grpo-2": dict(feedback="none", epochs=2),
 }
-# What a perfect xi would bring, and the constant that it is on steady progress (perfect_xi).
+# What xi without noise would bring, and the constant that it is on steady progress (perfect_xi).
 ORACLES = {
     "constant-1.84": dict(feedback="constant", constant=1.84),
     "oracle": dict(feedback="pipo", lam=0.1, told="truth"),
@@ -106,13 +106,14 @@ def wanted(args) -> list[dict]:
         steps = round(args.steps * (PROBE_LENGTH if condition == "probe" else 1))
         settings = dict(base="grpo", steps=steps, prompts_per_step=16, window=WINDOW, eval_every=10) | common
         jobs += [dict(condition=condition, arm=arm, seed=seed, settings=settings | own)
-                 for seed in range(min(args.seeds, most)) for arm, own in arms.items()]
+                 for seed in range(min(args.seeds, most)) for arm, own in arms.items()
+                 if not args.arms or arm in args.arms.split(",")]
     return jobs
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Variants. What only this experiment needs, as wrappers around pipo.iteration, switched on by settings that are
-# none of pipo's own:
+# Variants. What only this experiment needs, as wrappers around pipo.iteration, switched on by settings that
+# are none of pipo's own:
 #   told      "truth": the tracker hears J(theta_t) in place of mu_t; "paired": mu_t less the luck of the draw
 #   measured  every row has J(theta_t), on so many problems, the worked solutions' part of it
 #   sabotage  at a tenth of the steps exploration does harm: "inverted" advantages, or "tenfold" learning rate
@@ -124,11 +125,11 @@ VARIANTS = ("told", "measured", "sabotage", "roll_back", "task")
 
 
 def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True) -> float:
-    """J(theta) on these problems: the probability of the worked solution, and the sampled rest of what is right.
+    """J(theta) on these problems: the probability of the worked solution, and the rest, sampled.
 
-    The first part is exact and nearly all of J, so that what chance is left is that of the rest (only if `whole`):
-    0.4 points for 512 problems and 1 % of such answers, where 4,096 plain samples have 0.7. The random numbers are
-    always the same.
+    The first part is exact and nearly all of J; what chance is left is that of the rest (only if `whole`):
+    0.4 points for 512 problems and 1 % of such answers, where 4,096 plain samples have 0.7. The random numbers
+    are always the same.
     """
     import pipo
     import torch
@@ -137,10 +138,12 @@ def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True)
         for i in range(0, len(prompts), 128):
             tokens = pipo.padded(worked[i:i + 128], "cpu")  # (n, T)
             mask = pipo.padded([[1.0] * len(row) for row in worked[i:i + 128]], "cpu")  # (n, T)
-            exact += pipo.token_logprobs(run.model, prompts[i:i + 128], tokens, mask).sum(1).exp().sum().item()
+            logprobs = pipo.token_logprobs(run.model, prompts[i:i + 128], tokens, mask)  # (n, T)
+            exact += logprobs.sum(1).exp().sum().item()
     if not whole:
         return exact / len(prompts)
-    batch = pipo.sample(run.model, run.tokenizer, prompts, 1, cfg.max_new_tokens, generator=pipo.rng("cpu", "J"))
+    generator = pipo.rng("cpu", "J")
+    batch = pipo.sample(run.model, run.tokenizer, prompts, 1, cfg.max_new_tokens, generator=generator)
     right = pipo.grade_all(batch, problems)[0].flatten().tolist()
     rest = [reward for reward, mask, tokens, solution in zip(right, batch.mask, batch.tokens.tolist(), worked)
             if tokens[:int(mask.sum())] != solution]
@@ -176,8 +179,8 @@ def measured(iteration, rows: list[dict], tell: bool):
 class Paired:
     """mu without the luck of which prompts were drawn: each reward is held against the rate of its class.
 
-    mu - mean of the classes drawn + mean of all classes: unbiased whatever the rates are, for they are estimated
-    from earlier batches alone, of which each counts nine tenths of the next.
+    mu - mean rate of the classes drawn + mean rate of all classes: unbiased whatever the rates are, as these
+    come from earlier batches alone, of which each counts nine tenths of the next.
     """
 
     def __init__(self, classes):
@@ -217,11 +220,12 @@ def paired(iteration):
 def harmful_steps(seed: int, steps: int) -> list[int]:
     """The steps at which updates do harm: a tenth, from the first that has a xi on, the same for all arms."""
     import random
-    return sorted(random.Random(seed).sample(range(WINDOW + 1, steps - 2), steps // 10))
+    places = range(WINDOW + 1, steps - 2)
+    return sorted(random.Random(seed).sample(places, min(len(places), steps // 10)))
 
 
 def sabotaged(iteration, kind: str, harmful: list[int]):
-    """An iteration whose exploration does harm at some steps; the batch keeps the advantages it was trained with."""
+    """An iteration whose exploration does harm at some steps; the batch keeps the advantages it had."""
     import pipo
     advantages = pipo.group_advantages
 
@@ -239,9 +243,10 @@ def sabotaged(iteration, kind: str, harmful: list[int]):
 
 
 def rolling_back(iteration, below: float):
-    """An iteration after which, where xi fell below this, model and optimizer are as before the step that xi judges.
+    """An iteration after which, where xi fell below this, all is as before the step that xi judges.
 
-    The batch that showed it was drawn by the model given up: it is not trained on, nor is its reward kept.
+    The batch that showed it was drawn by the model given up: it is not trained on, nor is its reward kept. The
+    window is one short then, so that the step after is not judged.
     """
     import copy
     kept = {}
@@ -283,8 +288,8 @@ MIXED_DIGITS, MIXED_ROWS = 5, 3000  # a class
 def mixed_rows() -> tuple[list[dict], ...]:
     """Additions of one to five digits, as many of each: evaluation and probe, warm start, training.
 
-    Pairs of short numbers are few: those for evaluation are a fifth of them and asked about several times, and
-    are none of the others'.
+    Pairs of short numbers are few: evaluation has a fifth of them for itself, and asks some several times; warm
+    start and training share the others.
     """
     import random
 
@@ -462,7 +467,7 @@ def run(args) -> None:
                   f"{elapsed:.1f} min, about {elapsed * (total / spent - 1):.0f} min left", flush=True)
     finally:
         for worker in multiprocessing.active_children():  # idle, unless something stopped us
-            worker.terminate()
+            worker.kill()  # a run would finish its step first
         pool.shutdown(cancel_futures=True)
 
 
@@ -476,6 +481,7 @@ MEASURES = {"end": "final pass@1 (%)", "best": "best (%)", "auc": "mean over the
 # Compared in pairs beside each arm with the first.
 PAIRS = (("pipo", "constant"), ("pipo", "shuffled"), ("pipo-paired", "pipo"), ("oracle", "pipo"),
          ("oracle", "constant"), ("oracle", "constant-1.84"), ("roll-back", "pipo"))
+UNTIMED = {*ORACLES, *KNOBS}  # run long after the others of their condition, beside other work
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
          2.131)
 
@@ -509,8 +515,9 @@ def measures(run: dict, time_up: float) -> list[float]:
     low = max(scores.max() / 2, scores[0] - 3 * series(run, "eval_stderr")[0])
     collapsed = run["failed"] or scores[-1] < low
     spikes = (norms > 5 * np.median(norms)).sum() if len(norms) else 0  # norms before clipping
+    timed = math.nan if run["arm"] in UNTIMED and run["condition"] in ("safe", "edge") else 1.0
     return [100 * scores[-1], 100 * scores.max(), 100 * scores[1:].mean(),
-            100 * np.interp(time_up, clock, scores), clock[-1], 100 * bool(collapsed), spikes,
+            timed * 100 * np.interp(time_up, clock, scores), timed * clock[-1], 100 * bool(collapsed), spikes,
             lengths[-10:].mean() if len(lengths) else math.nan]
 
 
@@ -618,6 +625,9 @@ def noise(runs: list[dict], phase: str) -> dict[str, float]:
                 math.sqrt(real / square["change"]) if real else 0.0,
             "sd of μ_t given J(θ_t), the sampling noise": math.sqrt(mu_noise),
             "root mean square of μ_t − μ_his, ξ's numerator": math.sqrt(square["numerator"]),
+            "correlation of ξ's numerator with it, from these two and the formula":
+                math.sqrt(real / square["change"]) * xi_correlation(math.sqrt(real), mu_noise, WINDOW)
+                if real else 0.0,
             "share of its square that is change of J": max(0.0, 1 - numerator_noise / square["numerator"]),
             "share that is the last step's change of J": real / square["numerator"]}
 
@@ -646,22 +656,21 @@ def xi_report(into: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 
 LAGS = (1, 2, 3)  # steps after the harm at which xi could show it
-AFTER = 12  # steps that a harm is followed for
+AFTER, WORST = 12, 6  # steps that a harm is followed for, and in which its worst is looked for
 
 
-def harmed(run: dict) -> np.ndarray:
-    """The steps (row numbers) of a run whose update did harm."""
-    return np.flatnonzero(series(run, "harm") == 1)
+def harmed(run: dict) -> list[int]:
+    """The steps (row numbers) of a run whose exploration did harm."""
+    return np.flatnonzero(series(run, "harm") == 1).tolist()
 
 
 def told_apart(runs: list[dict], lag: int) -> tuple[np.ndarray, np.ndarray]:
-    """xi of the steps `lag` after a harm, and of those that have no harm in the three steps before."""
+    """xi of the steps `lag` after a harm (no other between), and of those with none in reward or window."""
     after, free = [], []
     for run in runs:
         xi, harms = series(run, "xi"), harmed(run)
-        shown = {int(s) + i for s in harms for i in LAGS}
-        after += [xi[s + lag] for s in harms if s + lag < run["rows"]]
-        free += [xi[t] for t in range(run["rows"]) if t not in shown]
+        after += [xi[s + lag] for s in harms if s + lag < run["rows"] and not {*range(s + 1, s + lag)} & {*harms}]
+        free += [xi[t] for t in range(run["rows"]) if not {*range(t - WINDOW - 1, t)} & {*harms}]
     after, free = np.array(after), np.array(free)
     return after[np.isfinite(after)], free[np.isfinite(free)]
 
@@ -673,35 +682,38 @@ def area(after: np.ndarray, free: np.ndarray) -> float:
 
 
 def aftermath(run: dict) -> np.ndarray:
-    """J at the steps 0 .. AFTER from each harm, less J before it, in points: (harms, AFTER + 1)."""
-    J = np.append(100 * series(run, "J"), np.full(AFTER, math.nan))
-    return np.array([J[s:s + AFTER + 1] - J[s] for s in harmed(run)])
+    """J at the steps 0 .. AFTER from each harm, less J before it, in points: (harms, AFTER + 1).
+
+    nan behind the next harm, and the end of the run; harms of which less than the longest lag is known are
+    left out.
+    """
+    paths, harms, J = [], harmed(run), np.append(100 * series(run, "J"), np.full(AFTER, math.nan))
+    for s in harms:
+        path = J[s:s + AFTER + 1] - J[s]
+        path[min((t - s for t in harms if t > s), default=AFTER) + 1:] = math.nan
+        paths += [path] if np.isfinite(path[LAGS[-1]]) else []
+    return np.array(paths).reshape(-1, AFTER + 1)
 
 
 def harm_report(runs: list[dict]) -> dict:
-    """By arm: what xi detects, what a harm costs, and how long until J is back (AFTER where it never is)."""
+    """By arm: what xi detects, what a harm costs, and how long until J is back (inf: not before the next)."""
     report = {}
     for arm in dict.fromkeys(run["arm"] for run in runs):
         own = [run for run in runs if run["arm"] == arm and not run["failed"]]
-        lost, back = [], []
-        for run in own:
-            for path in aftermath(run):
-                known = path[np.isfinite(path)]
-                if len(known) == AFTER + 1:
-                    lost.append(-known.min())
-                    low = int(np.argmin(known[:6]))  # back: after the fall, not before it
-                    back.append(next((i for i in range(low, AFTER + 1) if i and known[i] >= 0), AFTER))
+        paths, back = np.concatenate([aftermath(run) for run in own]), []
+        for path in paths:
+            low = int(np.nanargmin(path[:WORST + 1]))  # back after the fall, not before it
+            back.append(next((i for i in range(low + 1, AFTER + 1) if path[i] >= 0), math.inf))
         after, free = told_apart(own, 1)
         report[arm] = {"detected": float((after < 0).mean()), "false_alarms": float((free < 0).mean()),
                        **{f"area_{lag}": area(*told_apart(own, lag)) for lag in LAGS},
-                       "lost": float(np.mean(lost)), "back": float(np.median(back)),
-                       "mean_J": [100 * x for x in mean_and_half([np.nanmean(series(r, "J")) for r in own])],
-                       "harms": len(lost)}
+                       "lost": float(-np.nanmin(paths[:, :WORST + 1], 1).mean()), "back": float(np.median(back)),
+                       "harms": len(paths), "judged": len(after), "free": len(free)}
     return report
 
 
 def mixed_report(runs: list[dict]) -> dict:
-    """By arm: correlation of xi with the last step's change of J, and the noise of what the tracker was told."""
+    """By arm: correlation of xi with the last step's change of J, and the noise in what the tracker heard."""
     report = {}
     for arm in ("pipo", "pipo-paired", "oracle"):
         own = [run for run in runs if run["arm"] == arm and not run["failed"]]
@@ -720,13 +732,13 @@ def mixed_report(runs: list[dict]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# On paper. What xi can know: mu_t is J(theta_t) and noise of variance V, and J changes by `step` (its standard
-# deviation, whatever the steady part) each step, independently. test_pipo.py holds all of it against simulations.
+# On paper. What xi can know: mu_t is J(theta_t) and noise of variance V, and J changes by `step` (its
+# standard deviation, whatever the steady part) each step, independently. test_pipo.py simulates all of it.
 # ------------------------------------------------------------------------------------------------------------
 
 
 def perfect_xi(K: int) -> float:
-    """xi where the reward rises by the same amount b each step, without noise, whatever b: sqrt(3 (K + 1) / K).
+    """xi where the reward rises by the same b each step, without noise, whatever b: sqrt(3 (K + 1) / K).
 
     mu_t lies b (K + 1) / 2 above the mean of the K before, whose sample variance is b^2 K (K + 1) / 12.
     """
@@ -742,7 +754,7 @@ def reward_variance(between: float, within: float, Q: int, G: int) -> float:
 
 
 def paired_variance(between: float, within: float, Q: int, G: int, explained=1.0, earlier=math.inf) -> float:
-    """The same where each prompt is held against its own success rate, as estimated from `earlier` samples of it.
+    """The same where each prompt is held against its own success rate, known from `earlier` samples of it.
 
     Or against that of its class, which explains a share of `between` (with very many earlier samples).
     """
@@ -752,20 +764,21 @@ def paired_variance(between: float, within: float, Q: int, G: int, explained=1.0
 def xi_correlation(step: float, variance: float, K: int) -> float:
     """Correlation of xi's numerator mu_t - mean(mu_{t-1} .. mu_{t-K}) with the last step's change of J.
 
-    The change i steps before the last is in the numerator with weight (K - i) / K, and the squares of these sum to
-    (K + 1) (2 K + 1) / (6 K). The division by sigma_his takes off another 5 % at K = 8 (20 % at 4) where noise is most.
+    The change i steps before the last is in the numerator with weight (K - i) / K, and the squares of these
+    sum to (K + 1) (2 K + 1) / (6 K). The division by sigma_his takes off another 5 % at K = 8 (20 % at 4)
+    where noise is most.
     """
     walk = step**2 * (K + 1) * (2 * K + 1) / (6 * K)
     return step / math.sqrt(walk + (1 + 1 / K) * variance)
 
 
 def prompts_needed(target: float, step: float, between: float, within: float, G: int, K: int) -> float:
-    """Q at which xi_correlation reaches a target; infinite where even a mean reward without noise would not."""
+    """Q at which xi_correlation reaches a target; infinite where even mean rewards without noise do not."""
     room = 1 / target**2 - (K + 1) * (2 * K + 1) / (6 * K)
     return (1 + 1 / K) * reward_variance(between, within, 1, G) / (step**2 * room) if room > 0 else math.inf
 
 
-# What the paper's setting comes to: 128 prompts x 8 on MATH, where Var(p) is about half of p (1 - p) at p = 0.7.
+# The paper's setting: 128 prompts x 8 on MATH. Assumed: a mean rate of 0.7, half of whose p (1 - p) is Var(p).
 PAPER = dict(Q=128, G=8, between=0.105, within=0.105)
 
 
@@ -774,14 +787,14 @@ def paper_table() -> str:
     rows = []
     for step in (0.001, 0.003, 0.01):
         for Q in (16, 32, 128):
-            plain, own, class_ = (xi_correlation(step, variance, WINDOW) for variance in (
-                reward_variance(PAPER["between"], PAPER["within"], Q, 8),
-                paired_variance(PAPER["between"], PAPER["within"], Q, 8, earlier=8),
-                paired_variance(PAPER["between"], PAPER["within"], Q, 8)))
+            variances = (reward_variance(PAPER["between"], PAPER["within"], Q, 8),
+                         paired_variance(PAPER["between"], PAPER["within"], Q, 8, earlier=8),
+                         paired_variance(PAPER["between"], PAPER["within"], Q, 8))
             needed = prompts_needed(0.5, step, PAPER["between"], PAPER["within"], 8, WINDOW)
-            rows.append([f"{100 * step:g}", Q, f"{plain:.3f}", f"{own:.3f}", f"{class_:.3f}", f"{needed:,.0f}"])
-    return markdown(["sd of a step's change (points)", "Q", "ξ, plain", "paired with 8 earlier samples a prompt",
-                     "paired with known rates", "Q for 0.5, plain"], rows)
+            rows.append([f"{100 * step:g}", Q, *(f"{xi_correlation(step, V, WINDOW):.3f}" for V in variances),
+                         f"{needed:,.0f}"])
+    return markdown(["sd of a step's change (points)", "Q", "ξ, plain", "paired, 8 earlier samples a prompt",
+                     "paired, known rates", "Q for 0.5, plain"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -804,7 +817,7 @@ def brief(results: dict, names: dict = BRIEF, arms=tuple(ARMS | ORACLES)) -> lis
     def cell(condition, arm, measure):
         found, first = results[condition], next(iter(results[condition]["arms"]))
         name = first if arm == "grpo" else arm
-        if name not in found["arms"]:
+        if name not in found["arms"] or math.isnan(found["arms"][name][measure][0]):
             return "–"
         gap = found["differences"].get(f"{name} − {first}")
         return f"{found['arms'][name][measure][0]:.1f}" + (
@@ -821,25 +834,27 @@ def brief(results: dict, names: dict = BRIEF, arms=tuple(ARMS | ORACLES)) -> lis
 
 ON_PAPER = f"""## On paper
 
-**A perfect ξ on steady progress is a constant.** Let μ rise by b a step, without noise. Then μ_t is b·(K+1)/2 above the
-mean of the K before it, and the sample variance of those is b²·K(K+1)/12, so that ξ = √(3(K+1)/K) for every b > 0:
-{perfect_xi(4):.2f} at K = 4, {perfect_xi(8):.2f} at 8, {perfect_xi(16):.2f} at 16. Only a departure from a straight line says something.
+**A perfect ξ on steady progress is a constant.** Let μ rise by b a step, without noise. Then μ_t is b·(K+1)/2
+above the mean of the K before it, and the sample variance of those is b²·K(K+1)/12, so that ξ = √(3(K+1)/K) for
+every b > 0: {perfect_xi(4):.2f} at K = 4, {perfect_xi(8):.2f} at 8, {perfect_xi(16):.2f} at 16.
+Only a departure from a straight line says something.
 
 **The noise of μ.** Q prompts are drawn, each answered G times. By the law of total variance
 Var μ = Var_q(p)/Q + E[p(1−p)]/(QG): which prompts were drawn, and how they were answered.
 
-**What ξ can know.** Let J change each step by an independent amount of standard deviation s (any steady part aside). In
-μ_t − mean(μ_t−1 … μ_t−K) the change i steps before the last has the weight (K−i)/K; these squared sum to
+**What ξ can know.** Let J change each step by an independent amount of standard deviation s (any steady part
+aside). In μ_t − mean(μ_t−1 … μ_t−K) the change i steps before the last has the weight (K−i)/K; these squared sum to
 (K+1)(2K+1)/(6K), the noise is (1+1/K)·Var μ, and the last change itself has weight 1. So
 
     correlation(ξ_t, ΔJ_t) = s / √(s²·(K+1)(2K+1)/(6K) + (1+1/K)·Var μ)
 
-which even without noise is at most {xi_correlation(1, 0, 8):.2f} at K = 8: seven other changes are in it too. (This is exact for the
-numerator; the division by σ_his takes off 5 % at K = 8 where noise prevails, and adds a little where it does not.)
+which even without noise is at most {xi_correlation(1, 0, 8):.2f} at K = 8: seven other changes are in it too. That is ξ's
+numerator. The division by σ_his takes off 5 % at K = 8 where noise prevails and adds up to 16 % where there is
+none (0.65), and so do neighbouring changes that are alike, as AdamW's momentum makes them.
 
-**Pairing.** Held against its own rate, a prompt brings no Var_q(p): what is left is E[p(1−p)]/(QG), with rates known, and
-E[p(1−p)]/Q·(1/G+1/m) with rates from m earlier samples each. Where Var_q(p) is half of p(1−p), as it is on MATH, that is
-1/(G+1) and 2/(G+1) of the variance, whatever Q.
+**Pairing.** Held against its own rate, a prompt brings no Var_q(p): what is left is E[p(1−p)]/(QG), with rates
+known, and E[p(1−p)]/Q·(1/G+1/m) with rates from m earlier samples each. Where Var_q(p) is half of p̄(1−p̄), p̄ the
+mean rate, as assumed here for MATH, that is 1/(G+1) (m = G: 2/(G+1)) of the variance, whatever Q.
 
 In the paper's setting and around it (Var_q(p) = E[p(1−p)] = {PAPER["between"]}, G = 8, K = 8):"""
 
@@ -850,14 +865,16 @@ def harm_tables(results: dict) -> list[str]:
     for condition in (c for c in HARMS if c in results):
         report = results[condition]["harm"]
         rows = [[STYLES[arm][0], *(f"{x[name]:.0%}" for name in ("detected", "false_alarms")),
-                 *(f"{x[f'area_{lag}']:.2f}" for lag in LAGS), f"{x['lost']:.1f}", f"{x['back']:.0f}",
-                 "{:.1f} ± {:.1f}".format(*x["mean_J"]), x["harms"]] for arm, x in report.items()]
-        text.append(f"Harmful updates, {HARMS[condition]}: ξ < 0 at the step after one (detected), at steps without "
-                    "one in the three before (false alarms), and the area under the ROC curve one, two and three "
-                    f"steps after; points lost at the worst of {AFTER} steps, median steps until J is back "
-                    f"({AFTER}: not within them), and the mean of J over the run.\n\n" + markdown(
-                        ["arm", "detected", "false alarms", *(f"area, {lag} after" for lag in LAGS),
-                         "points lost", "steps until back", "mean J (%)", "harms"], rows))
+                 *(f"{x[f'area_{lag}']:.2f}" for lag in LAGS), x["judged"], x["free"], f"{x['lost']:.1f}",
+                 f"{x['back']:.0f}" if math.isfinite(x["back"]) else "–", x["harms"]] for arm, x in report.items()]
+        text.append(
+            f"Harmful updates, {HARMS[condition]}. Detected: ξ < 0 at the step after one; false alarms: at steps "
+            f"with none in the {WINDOW + 1} before; area: under the ROC curve, one, two and three steps after. "
+            f"Points lost at the worst of {WORST} steps, and median steps until J is back (–: not before the next "
+            "harm), of those with no other in the next three steps. AdamW's momentum still holds the old "
+            "direction, and the harmful gradient for some ten steps: J falls most two to three steps after.\n\n"
+            + markdown(["arm", "detected", "false alarms", *(f"area, {lag} after" for lag in LAGS), "harms judged",
+                        "other steps", "points lost", "steps until back", "harms followed"], rows))
     return text
 
 
@@ -865,10 +882,10 @@ def mixed_table(report: dict) -> str:
     """What pairing does for the tracker."""
     rows = []
     for arm, x in report.items():
-        found, expected = x["agreement"], xi_correlation(x["change"], x["noise"]**2, WINDOW)
+        found = x["agreement"]
+        expected = f"{xi_correlation(x['change'], x['noise']**2, WINDOW):+.2f}" if x["noise"] else "–"
         told = "–" if not found else "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["r"], *found["r_95"])
-        rows.append([STYLES[arm][0], f"{100 * x['change']:.2f}", f"{100 * x['noise']:.2f}", told,
-                     f"{expected:+.2f}"])
+        rows.append([STYLES[arm][0], f"{100 * x['change']:.2f}", f"{100 * x['noise']:.2f}", told, expected])
     return "What the tracker was told, and what its ξ knows of the last step's change of J:\n\n" + markdown(
         ["arm", "sd of a step's change (points)", "sd of what it was told, given J (points)",
          "correlation of ξ with the change", "by the formula"], rows)
@@ -877,7 +894,7 @@ def mixed_table(report: dict) -> str:
 def table(args) -> None:
     """Write results.md and results.json from the packed runs."""
     def line(found, names, sign=""):
-        means = [f"{found[n][0]:{sign}.1f}" for n in names]
+        means = ["–" if math.isnan(found[n][0]) else f"{found[n][0]:{sign}.1f}" for n in names]
         halves = [f" ± {found[n][1]:.1f}" if found[n][1] > 0 else "" for n in names]
         return [found["seeds"], *(mean + half for mean, half in zip(means, halves))]
 
@@ -924,8 +941,8 @@ def table(args) -> None:
     tables = brief(results)
     tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results)
     if "mixed" in results:
-        results["mixed"]["told"] = mixed_report(read_pack(args.into, "mixed"))
-        tables += brief(results, {"mixed": "one to five digits"}, MIXED)[:2] + [mixed_table(results["mixed"]["told"])]
+        told = results["mixed"]["told"] = mixed_report(read_pack(args.into, "mixed"))
+        tables += brief(results, {"mixed": "one to five digits"}, MIXED)[:2] + [mixed_table(told)]
     text = "\n\n".join(text[:1] + tables + text[1:]) + "\n"
     print(text)
     write_whole(args.into / "results.md", text.encode())
@@ -946,8 +963,8 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "pipo-lam1": ("PIPO, λ = 1", "#56B4E9", (0, (3, 1)), ">"),
           "gspo": ("GSPO", "#000000", "-", "o"),
           "constant-1.84": ("constant 1.84", "#56B4E9", "-", "d"),
-          "oracle": ("perfect ξ", "#E69F00", "-", "*"),
-          "oracle-lam1": ("perfect ξ, λ = 1", "#009E73", ":", "P"),
+          "oracle": ("PIPO told J", "#E69F00", "-", "*"),
+          "oracle-lam1": ("PIPO told J, λ = 1", "#009E73", ":", "P"),
           "roll-back": ("roll back", "#56B4E9", (0, (5, 1)), "X"),
           "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p")}
 
@@ -1037,7 +1054,7 @@ def draw_curves(panels: dict[str, dict[str, list[dict]]], path: Path, unit: str 
         for i, (arm, runs) in enumerate(arms.items()):
             label, colour, line, marker = STYLES.get(arm) or (arm, *list(STYLES.values())[i % 7][1:])
             curves = [curve(run) for run in runs]
-            for axis, kind in zip(axes, (0, 1)):  # steps, seconds
+            for axis, kind in zip(axes, (0,) if arm in UNTIMED else (0, 1)):  # steps, seconds
                 x = np.unique(np.concatenate([c[0] for c in curves])) if kind == 0 else np.linspace(
                     0, np.mean([c[1][-1] for c in curves]), 61)
                 mean, half = 100 * mean_and_half([np.interp(x, c[kind], c[2]) for c in curves])
@@ -1116,13 +1133,14 @@ def draw_xi(runs: list[dict], path: Path) -> None:
 
 
 def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
-    """What xi can know of the last step's change: by the size of a step in noise, and by the number of prompts."""
+    """What xi can know of the last step's change: by a step's size in noise, and by the number of prompts."""
     plt, random = pyplot(), np.random.default_rng(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2))
     sizes = np.geomspace(0.02, 5, 101)
     for K, arm in ((4, "shuffled"), (8, "pipo"), (16, "constant")):
         _, colour, line, marker = STYLES[arm]
-        left.plot(sizes, [xi_correlation(size, 1, K) for size in sizes], color=colour, ls=line, label=f"K = {K}")
+        known = [xi_correlation(size, 1, K) for size in sizes]
+        left.plot(sizes, known, color=colour, ls=line, label=f"K = {K}")
         for size in (0.03, 0.1, 0.3, 1, 3):
             changes = size * random.standard_normal((100_000, K + 1))
             mu = changes.cumsum(1) + random.standard_normal(changes.shape)
@@ -1136,8 +1154,8 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
     points += [(f"mixed: {name}", x["change"] / x["noise"], x["agreement"], marker) for name, x, marker in (
         ("plain", mixed.get("pipo"), "s"), ("paired", mixed.get("pipo-paired"), "^")) if x and x["agreement"]]
     for name, size, x, marker in points:
-        left.errorbar(size, x["r"], np.abs(np.array(x["r_95"]) - x["r"])[:, None], fmt=marker, color="black", ms=7,
-                      capsize=3, label=f"measured, {name}")
+        interval = np.abs(np.array(x["r_95"]) - x["r"])[:, None]
+        left.errorbar(size, x["r"], interval, fmt=marker, color="black", ms=7, capsize=3, label=f"measured, {name}")
     steps, V = (0.001, 0.003), reward_variance(**{n: PAPER[n] for n in ("between", "within", "Q", "G")})
     left.axvspan(*(step / math.sqrt(V) for step in steps), color="#888888", alpha=0.25, lw=0,
                  label="the paper's 128 × 8, if a step\nchanges J by 0.1 to 0.3 points")
@@ -1146,24 +1164,26 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
     Q = np.geomspace(8, 30000, 101)
     for step, arm in ((0.001, "constant"), (0.003, "pipo"), (0.01, "shuffled")):
         _, colour, line, marker = STYLES[arm]
-        for variance, style, width in ((reward_variance, "-", 1.8), (paired_variance, ":", 1.8)):
-            right.plot(Q, [xi_correlation(step, variance(PAPER["between"], PAPER["within"], q, 8), WINDOW) for q in Q],
-                       color=colour, ls=style, lw=width,
-                       label=f"{100 * step:g} points a step" if style == "-" else None)
+        for variance, style in ((reward_variance, "-"), (paired_variance, ":")):
+            noises = [variance(PAPER["between"], PAPER["within"], q, 8) for q in Q]
+            right.plot(Q, [xi_correlation(step, V, WINDOW) for V in noises], color=colour, ls=style,
+                       label=f"s = {100 * step:g}" if style == "-" else None)
     right.plot([], [], ":", color="#888888", label="paired with known rates")
     right.axhline(xi_correlation(1, 0, WINDOW), color="#888888", lw=0.8)
     right.text(9, xi_correlation(1, 0, WINDOW) + 0.01, "no noise at all", fontsize=9, color="#555555")
     right.axvline(PAPER["Q"], color="#888888", lw=0.8, ls="--")
     right.set(xscale="log", xlabel="Q, prompts a step (G = 8, K = 8, MATH's spread)", ylim=(-0.02, 0.75))
     left.legend(loc="upper left", fontsize=8.5)
-    right.legend(loc="upper left", bbox_to_anchor=(0, 0.74), fontsize=8.5)
+    right.legend(loc="upper left", bbox_to_anchor=(0, 0.74), fontsize=8.5,
+                 title="sd of a step's change, points", title_fontsize=8.5)
     save(figure, path)
 
 
 def draw_harm(packs: dict[str, list[dict]], path: Path) -> None:
-    """Harmful updates, a row a kind: whether xi tells them from others (ROC), and how J falls and comes back."""
+    """Harmful updates, a row a kind: whether xi tells them from others (ROC), how J falls and comes back."""
     plt = pyplot()
-    figure, grid = plt.subplots(len(packs), 2, figsize=(10.5, 3.9 * len(packs)), squeeze=False, width_ratios=(2, 3))
+    size = 10.5, 3.9 * len(packs)
+    figure, grid = plt.subplots(len(packs), 2, figsize=size, squeeze=False, width_ratios=(2, 3))
     for (left, right), (title, runs) in zip(grid, packs.items()):
         left.plot([0, 1], [0, 1], color="#888888", lw=0.8)
         for arm, lags in (("pipo", (1, 3)), ("oracle", (1, 3))):
@@ -1171,17 +1191,21 @@ def draw_harm(packs: dict[str, list[dict]], path: Path) -> None:
                 after, free = told_apart([run for run in runs if run["arm"] == arm], lag)
                 cuts = np.sort(np.concatenate([after, free, [-np.inf, np.inf]]))
                 label, colour, *_ = STYLES[arm]
-                left.plot([(free <= c).mean() for c in cuts], [(after <= c).mean() for c in cuts], color=colour,
-                          ls="-" if lag == 1 else "--",
+                false, found = ([(xi <= cut).mean() for cut in cuts] for xi in (free, after))
+                left.plot(false, found, color=colour, ls="-" if lag == 1 else "--",
                           label=f"{label if arm == 'oracle' else 'ξ'}, {lag} after: {area(after, free):.2f}")
-        left.set(title=title, ylabel="share of harmful updates found", xlabel="share of other steps taken for one")
+        left.set(title=title, ylabel="share of harmful updates found",
+                 xlabel="share of other steps taken for one")
         left.legend(loc="lower right", fontsize=8.5, title="area under the curve")
         right.axhline(0, color="#888888", lw=0.8)
-        for i, arm in enumerate(WATCHED):
-            paths = [x for run in runs if run["arm"] == arm and not run["failed"] for x in aftermath(run)]
+        arms = [arm for arm in WATCHED if any(run["arm"] == arm for run in runs)]
+        seeds = [{run["seed"] for run in runs if run["arm"] == arm} for arm in arms]
+        for i, arm in enumerate(arms):
+            paths = [x for run in runs if run["arm"] == arm and not run["failed"]
+                     and run["seed"] in set.intersection(*seeds) for x in aftermath(run)]
             if paths:
                 label, colour, line, marker = STYLES[arm]
-                right.plot(range(AFTER + 1), np.nanmean(paths, 0), color=colour, ls=line, marker=marker, ms=5,
+                right.plot(range(WORST + 1), np.nanmean(paths, 0)[:WORST + 1], color=colour, ls=line, marker=marker, ms=5,
                            mfc="white", markevery=(i % 3, 3), label=label)
         right.set(xlabel="steps after a harmful update", ylabel="J less J before it (points)")
     grid[0][1].legend(loc="lower right", ncols=2, fontsize=8.5)
@@ -1198,6 +1222,10 @@ def figures(args) -> None:
         for run in read_pack(args.into, condition):
             if run["arm"] in SHOWN:
                 panels.setdefault(titles[condition], {}).setdefault(run["arm"], []).append(run)
+    for arms in panels.values():
+        most = max(map(len, arms.values()))
+        for arm in [arm for arm, runs in arms.items() if len(runs) < most]:
+            del arms[arm]  # a mean over other seeds would not compare
     if panels:
         draw_curves(panels, args.into / "curves.png")
     if inside := [run for run in read_pack(args.into, "safe") if run["arm"] == "pipo"]:
@@ -1206,7 +1234,8 @@ def figures(args) -> None:
     if probe := [run for run in read_pack(args.into, "probe") if run["rows"] > WINDOW + 3]:
         draw_xi(probe, args.into / "xi.png")
         draw_paper(probe, mixed_report(read_pack(args.into, "mixed")), args.into / "paper.png")
-    if harm := {title: runs for condition, title in HARMS.items() if (runs := read_pack(args.into, condition))}:
+    harm = {title: read_pack(args.into, condition) for condition, title in HARMS.items()}
+    if harm := {title: runs for title, runs in harm.items() if runs}:
         draw_harm(harm, args.into / "harm.png")
 
 
@@ -1238,6 +1267,7 @@ def main() -> None:
                         help="plot: folders with a metrics.jsonl")
     parser.add_argument("--only", default=",".join(CONDITIONS),
                         help="conditions, with commas (default: %(default)s)")
+    parser.add_argument("--arms", default="", help="run these arms only, with commas (default: all)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="so many seeds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="iterations a run (default: %(default)s)")
     parser.add_argument("--into", type=Path, default=HERE,
