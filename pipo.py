@@ -1079,10 +1079,11 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     ids = padded(place, model.device, "left")  # (q, P)
     seen = padded([[1] * len(prefix) for prefix in place], model.device, "left")  # (q, P)
     caches, logits = [], []
+    last = torch.tensor([-1], device=model.device)  # for 1 it is a slice, and a frozen head is copied for each row
     for part, mask in zip(*(x.split(max(1, prefill_tokens // ids.shape[1])) for x in (ids, seen))):
         caches.append(DynamicCache())
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = model(part, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1,
+        output = model(part, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=last,
                        **{cache_name(model): caches[-1]})
         logits.append(output.logits[:, -1])
     rows = torch.tensor([place[prefix] for prefix in prefixes], device=model.device)  # (n,)
