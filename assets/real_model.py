@@ -199,9 +199,10 @@ def table(runs: dict[str, list[dict]]) -> str:
         scores = 100 * np.array([experiment.curve(run)[2] for run in some])  # (seeds, evaluations)
         errors = [series(run, "eval_stderr") for run in some]
         errors = 100 * np.mean([error[np.isfinite(error)] for error in errors], 0)
-        spread = scores.std(0, ddof=1) / len(some)**0.5 if len(some) > 1 else np.full(len(steps), np.nan)
-        cells = [f"{mean:.1f} ± {error:.1f} ({over:.1f})"
-                 for mean, error, over in zip(scores.mean(0), errors, spread)]
+        cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(scores.mean(0), errors)]
+        if len(some) > 1:
+            spread = scores.std(0, ddof=1) / len(some)**0.5
+            cells = [f"{cell} ({over:.1f})" for cell, over in zip(cells, spread)]
         length = np.mean([series(run, "completion_length")[-5:] for run in some])
         seconds = np.mean([experiment.curve(run)[1][-1] / run["settings"]["steps"] for run in some])
         cells = [LABELS[arm][0], str(len(some)), *cells, f"{length:.1f}", f"{seconds:.0f}"]
@@ -221,12 +222,16 @@ def figure(args) -> None:
         label, colour, line, marker = LABELS[arm]
         style = dict(ls=line, color=colour, marker=marker, ms=5, mfc="white", label=label)
         scores = 100 * np.array([experiment.curve(run)[2] for run in some])  # (seeds, evaluations)
-        left.plot(experiment.curve(some[0])[0], scores.mean(0), **style)
+        errors = np.mean([series(run, "eval_stderr")[np.isfinite(series(run, "eval_stderr"))] for run in some], 0)
+        shift = 0.3 * (list(LABELS).index(arm) % 4)  # or the error bars would hide each other
+        left.errorbar(experiment.curve(some[0])[0] + shift, scores.mean(0), 100 * errors, capsize=3, **style)
         lengths = np.mean([series(run, "completion_length")[1:] for run in some], 0)
         right.plot(series(some[0], "step")[1:], lengths, **style, markevery=5)
     left.set(xlabel="iterations", ylabel="held-out pass@1 (%)")
+    left.set_ylim(bottom=0)
     right.set(xlabel="iterations", ylabel="tokens a completion, in training")
-    left.legend(loc="upper left", handlelength=3.5)
+    right.set_ylim(bottom=0)
+    left.legend(loc="lower left", handlelength=3.5)
     save(drawing, args.into / "smollm2.png")
     print(table(runs))
 
