@@ -2536,7 +2536,7 @@ def test_a_signal_to_stop_saves_and_says_how_to_go_on(folder, tmp_path, graded_b
     run = subprocess.Popen(**command(cfg))
     wait_for_rows(out, 3)
     run.send_signal(number)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=180)
     assert run.returncode == 128 + number and "--resume" in said and "Traceback" not in said
     step = saved(out)["step"]
     assert step >= 3 and pipo.read_jsonl(out / "metrics.jsonl")[-1]["step"] == step
