@@ -17,17 +17,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two runs side by side, each
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from the hub
 
 import argparse
+import copy
 import gzip
 import hashlib
 import json
 import math
 import multiprocessing
+import random
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,7 +221,6 @@ def paired(iteration):
 
 def harmful_steps(seed: int, steps: int) -> list[int]:
     """The steps at which updates do harm: a tenth, from the first that has a xi on, the same for all arms."""
-    import random
     places = range(WINDOW + 1, steps - 2)
     return sorted(random.Random(seed).sample(places, min(len(places), steps // 10)))
 
@@ -248,7 +249,6 @@ def rolling_back(iteration, below: float):
     The batch that showed it was drawn by the model given up: it is not trained on, nor is its reward kept. The
     window is one short then, so that the step after is not judged.
     """
-    import copy
     kept = {}
 
     def wrapped(run, problems, cfg):
@@ -291,8 +291,6 @@ def mixed_rows() -> tuple[list[dict], ...]:
     Pairs of short numbers are few: evaluation has a fifth of them for itself, and asks some several times; warm
     start and training share the others.
     """
-    import random
-
     import pipo
     parts, chosen = ([], [], []), random.Random(0)
     for digits in range(1, MIXED_DIGITS + 1):
@@ -320,6 +318,11 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(path.with_name(path.name + ".partial"), path)
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """The rows of a data set, whole."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def task_folder(runs: Path, settings: dict) -> Path:
     """Where the warm start and the problems of a run are."""
     return runs / settings["task"] if "task" in settings else runs
@@ -341,7 +344,7 @@ def make_start(runs: Path, mixed: bool = False) -> str:
             held_out, warm, train = pipo.demo_rows(0)
             train, probe = train[:-PROBE_PROBLEMS], train[-PROBE_PROBLEMS:]
         for path, rows in zip(files, (train, held_out, probe)):
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_rows(path, rows)
         print("warm start: teaching the demo's model until it is sometimes right", flush=True)
         with open(runs / "start.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             cfg = pipo.Config(**pipo.DEMO | own)
@@ -365,11 +368,10 @@ def set_up_worker() -> None:
 
 
 def perform(job: dict, runs: Path, start: str) -> dict:
-    """One run, in a worker. Numbers that stop being finite are a result too, with the metrics up to there."""
+    """One run, in a worker, from its beginning."""
     import pipo
-    out, failed = runs / job["condition"] / f"{job['arm']}-seed{job['seed']}", None
+    out = runs / job["condition"] / f"{job['arm']}-seed{job['seed']}"
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
     held_out = "probe.jsonl" if job["condition"] == "probe" else "eval.jsonl"
     settings, folder = job["settings"], task_folder(runs, job["settings"])
     own = {name: value for name, value in settings.items() if name not in VARIANTS}
@@ -379,18 +381,30 @@ def perform(job: dict, runs: Path, start: str) -> dict:
         save_every=settings["steps"], show_every=0, out=str(out)))
     unchanged = pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages
     pipo.iteration = with_variants(pipo.iteration, settings, job["seed"], folder)
-    with open(out / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    try:
+        return train_for_result(cfg, job | dict(start=start))
+    finally:
+        pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages = unchanged
+
+
+def train_for_result(cfg, job: dict) -> dict:
+    """pipo.train into cfg.out, and of that the metrics: the job with what it came to, also as result.json.
+
+    Numbers that stop being finite are a result too, with the metrics up to there.
+    """
+    import pipo
+    out, failed = Path(cfg.out), None
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             pipo.train(cfg)
         except FloatingPointError as error:
             failed = str(error).split(";")[0]
-        finally:
-            pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages = unchanged
     rows = pipo.read_jsonl(out / "metrics.jsonl")
+    result = job | dict(failed=failed, rows=len(rows), columns=to_columns(rows))
+    write_whole(out / "result.json", json.dumps(result).encode())
     for heavy in ("checkpoint", "model"):
         shutil.rmtree(out / heavy, ignore_errors=True)
-    result = job | dict(start=start, failed=failed, rows=len(rows), columns=to_columns(rows))
-    write_whole(out / "result.json", json.dumps(result).encode())
     return result
 
 
@@ -408,9 +422,9 @@ def to_columns(rows: list[dict]) -> dict:
     return columns
 
 
-def read_pack(into: Path, condition: str) -> list[dict]:
-    """The packed runs of a condition, its arms in their order, then arms that CONDITIONS no longer has."""
-    path, order = into / f"runs-{condition}.jsonl.gz", list(CONDITIONS[condition][1])
+def read_pack(into: Path, condition: str, arms=None) -> list[dict]:
+    """The packed runs of a condition, arms in their order (default: CONDITIONS'), then those not among them."""
+    path, order = into / f"runs-{condition}.jsonl.gz", list(arms or CONDITIONS[condition][1])
     lines = gzip.decompress(path.read_bytes()).splitlines() if path.exists() else []
 
     def place(run):
@@ -429,6 +443,29 @@ def cost(job: dict) -> float:
     """About how long a run takes, in steps."""
     settings = job["settings"]
     return settings["steps"] * (settings.get("epochs", 1) + 2 / settings["eval_every"])
+
+
+def finished(perform, jobs: list[tuple], workers: int, stopped: str, **options):
+    """Yields perform(*job) of each job as they finish, some at a time; wrap it in closing().
+
+    A signal ends this process with `stopped`, and the workers with it.
+    """
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: sys.exit(stopped))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), set_up_worker, **options)
+    try:
+        for future in as_completed([pool.submit(perform, *job) for job in jobs]):
+            yield future.result()
+    finally:
+        for worker in multiprocessing.active_children():  # idle, unless something stopped us
+            worker.kill()  # pipo would heed a milder signal, save, and leave the worker to the next job
+        pool.shutdown(cancel_futures=True)
+
+
+def told_short(result: dict) -> str:
+    """A finished run in a few words."""
+    scores, broken = curve(result)[2], " FAILED, " + result["failed"] if result["failed"] else ""
+    return f"{result['arm']} seed {result['seed']}: {scores[0]:.1%} -> {scores[-1]:.1%}{broken}"
 
 
 def run(args) -> None:
@@ -451,24 +488,16 @@ def run(args) -> None:
         if any(x["start"] != starts[condition] for x in done[condition].values()):
             sys.exit(f"{args.into} holds runs from another warm start; begin your own with --into DIR")
     begun, total, spent = time.time(), sum(map(cost, left)), 0
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: sys.exit("stopped; the same command goes on, unfinished runs anew"))
-    pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), set_up_worker)
-    try:
-        futures = {pool.submit(perform, job, args.runs, starts[job["condition"]]): job for job in left}
-        for count, future in enumerate(as_completed(futures), 1):
-            job, result = futures[future], future.result()
-            done[job["condition"]][job["arm"], job["seed"]] = result
-            pack(args.into, job["condition"], done[job["condition"]])
-            spent, elapsed, scores = spent + cost(job), (time.time() - begun) / 60, curve(result)[2]
-            broken = " FAILED, " + result["failed"] if result["failed"] else ""
-            name = f"{job['condition']} {job['arm']} seed {job['seed']}"
-            print(f"{count}/{len(left)} {name}: {scores[0]:.1%} -> {scores[-1]:.1%}{broken}; "
+    again = [(job, args.runs, starts[job["condition"]]) for job in left]
+    with closing(finished(perform, again, WORKERS,
+                          "stopped; the same command goes on, unfinished runs anew")) as results:
+        for count, result in enumerate(results, 1):
+            condition = result["condition"]
+            done[condition][result["arm"], result["seed"]] = result
+            pack(args.into, condition, done[condition])
+            spent, elapsed = spent + cost(result), (time.time() - begun) / 60
+            print(f"{count}/{len(left)} {condition} {told_short(result)}; "
                   f"{elapsed:.1f} min, about {elapsed * (total / spent - 1):.0f} min left", flush=True)
-    finally:
-        for worker in multiprocessing.active_children():  # idle, unless something stopped us
-            worker.kill()  # a run would finish its step first
-        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -967,8 +996,6 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "oracle-lam1": ("PIPO told J, λ = 1", "#009E73", ":", "P"),
           "roll-back": ("roll back", "#56B4E9", (0, (5, 1)), "X"),
           "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p")}
-
-
 SHOWN = ("grpo", "gspo", "pipo", "pipo-lam1", "constant", "shuffled", "grpo-2", "oracle")
 
 
@@ -1163,7 +1190,7 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
              ylabel=r"correlation of $\xi_t$ with the last step's change")
     Q = np.geomspace(8, 30000, 101)
     for step, arm in ((0.001, "constant"), (0.003, "pipo"), (0.01, "shuffled")):
-        _, colour, line, marker = STYLES[arm]
+        colour = STYLES[arm][1]
         for variance, style in ((reward_variance, "-"), (paired_variance, ":")):
             noises = [variance(PAPER["between"], PAPER["within"], q, 8) for q in Q]
             right.plot(Q, [xi_correlation(step, V, WINDOW) for V in noises], color=colour, ls=style,
@@ -1186,8 +1213,8 @@ def draw_harm(packs: dict[str, list[dict]], path: Path) -> None:
     figure, grid = plt.subplots(len(packs), 2, figsize=size, squeeze=False, width_ratios=(2, 3))
     for (left, right), (title, runs) in zip(grid, packs.items()):
         left.plot([0, 1], [0, 1], color="#888888", lw=0.8)
-        for arm, lags in (("pipo", (1, 3)), ("oracle", (1, 3))):
-            for lag in lags:
+        for arm in ("pipo", "oracle"):
+            for lag in (1, 3):
                 after, free = told_apart([run for run in runs if run["arm"] == arm], lag)
                 cuts = np.sort(np.concatenate([after, free, [-np.inf, np.inf]]))
                 label, colour, *_ = STYLES[arm]

@@ -15,16 +15,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two runs side by side, each on a core of its own
 
 import argparse
-import gzip
 import json
-import multiprocessing
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +95,7 @@ def prepare(args) -> None:
     held_out = pipo.read_jsonl(args.data / "svamp_test.jsonl")
     pipo.random.Random(0).shuffle(held_out)  # they are in groups alike
     for name, some in ("train", rows[WARM:]), ("eval", held_out[:EVAL]):
-        experiment.write_whole(args.runs / f"{name}.jsonl",
-                               "".join(json.dumps(row) + "\n" for row in some).encode())
+        experiment.write_rows(args.runs / f"{name}.jsonl", some)
     makers = {"model": convert, "start": lambda into: warm_start(args.runs / "model", into, rows[:WARM])}
     for name, make in makers.items():
         if not (args.runs / name).exists():
@@ -125,60 +120,32 @@ def wanted(args) -> list[dict]:
 def perform(job: dict, runs: Path) -> dict:
     """One run, in a worker, from its last checkpoint if it has one."""
     import pipo
-    out, failed = runs / f"{job['arm']}-seed{job['seed']}", None
+    out = runs / f"{job['arm']}-seed{job['seed']}"
     there = (out / "checkpoint" / "state.pt").exists()
-    out.mkdir(parents=True, exist_ok=True)
-    cfg = pipo.Config(**job["settings"], model=str(runs / "start"), dataset=str(runs / "train.jsonl"),
-                      eval_dataset=[str(runs / "eval.jsonl")], seed=job["seed"], save_every=10, show_every=0,
-                      out=str(out), resume=there, overwrite=not there)
-    with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            pipo.train(cfg)
-        except FloatingPointError as error:
-            failed = str(error).split(";")[0]
-    rows = pipo.read_jsonl(out / "metrics.jsonl")
-    result = job | dict(failed=failed, rows=len(rows), columns=experiment.to_columns(rows))
-    experiment.write_whole(out / "result.json", json.dumps(result).encode())
-    for heavy in ("checkpoint", "model"):
-        shutil.rmtree(out / heavy, ignore_errors=True)
-    return result
-
-
-def packed(into: Path) -> list[dict]:
-    """The finished runs, in the order of their arms."""
-    path, order = into / "runs-smollm2.jsonl.gz", list(ARMS)
-    lines = gzip.decompress(path.read_bytes()).splitlines() if path.exists() else []
-    return sorted(map(json.loads, lines), key=lambda run: (order.index(run["arm"]), run["seed"]))
+    return experiment.train_for_result(pipo.Config(
+        **job["settings"], model=str(runs / "start"), dataset=str(runs / "train.jsonl"),
+        eval_dataset=[str(runs / "eval.jsonl")], seed=job["seed"], save_every=10, show_every=0, out=str(out),
+        resume=there, overwrite=not there), job)
 
 
 def run(args) -> None:
     """Do what is not done yet, two runs at a time; pack after every run."""
     found = [json.loads(path.read_text()) for path in args.runs.glob("*/result.json")]
-    done = {(x["arm"], x["seed"]): x for x in packed(args.into) + found}
+    done = {(x["arm"], x["seed"]): x for x in experiment.read_pack(args.into, "smollm2", ARMS) + found}
     left = [job for job in wanted(args) if (job["arm"], job["seed"]) not in done]
     other = [key for job in wanted(args) for key in [(job["arm"], job["seed"])]
              if key in done and done[key]["settings"] != job["settings"]]
     if other:
         sys.exit(f"there with other settings: {other}; delete them, or run elsewhere, with --into and --runs")
     print(f"{len(done)} runs are there already, {len(left)} to do", flush=True)
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: sys.exit("stopped; the same command goes on from the checkpoints"))
     begun = time.time()
-    pool = ProcessPoolExecutor(
-        args.workers, multiprocessing.get_context("spawn"), experiment.set_up_worker, max_tasks_per_child=1)
-    try:
-        for future in as_completed([pool.submit(perform, job, args.runs) for job in left]):
-            result = future.result()
+    with closing(experiment.finished(
+            perform, [(job, args.runs) for job in left], args.workers,
+            "stopped; the same command goes on from the checkpoints", max_tasks_per_child=1)) as results:
+        for result in results:
             done[result["arm"], result["seed"]] = result
             experiment.pack(args.into, "smollm2", done)
-            scores = experiment.curve(result)[2]
-            broken = " FAILED, " + result["failed"] if result["failed"] else ""
-            print(f"{result['arm']} seed {result['seed']}: {scores[0]:.1%} -> {scores[-1]:.1%}{broken}; "
-                  f"{(time.time() - begun) / 60:.0f} min", flush=True)
-    finally:
-        for worker in multiprocessing.active_children():  # idle, unless something stopped us
-            worker.kill()  # pipo would heed a milder signal, save, and leave the worker to the next job
-        pool.shutdown(cancel_futures=True)
+            print(f"{experiment.told_short(result)}; {(time.time() - begun) / 60:.0f} min", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,45 +153,47 @@ def run(args) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def table(runs: dict[str, list[dict]]) -> str:
-    """A row an arm: pass@1 at the evaluations, its standard error, tokens a completion, seconds a step.
+def scores_of(runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """pass@1 in % (seeds, evaluations), and its standard error over problems (evaluations,), the seeds' mean.
 
-    The standard error is the one over problems, which are the same for every seed (their mean over seeds); in
-    brackets that over seeds.
+    The problems are the same for every seed.
     """
+    scores = 100 * np.array([experiment.curve(run)[2] for run in runs])  # (seeds, evaluations)
+    errors = [series(run, "eval_stderr") for run in runs]
+    return scores, 100 * np.mean([error[np.isfinite(error)] for error in errors], 0)
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """A row an arm: pass@1 at the evaluations, its standard error over problems (over seeds), tokens, seconds."""
     steps = experiment.curve(next(iter(runs.values()))[0])[0].astype(int)
-    head = ["arm", "seeds", *(f"pass@1 (%) at {step}" for step in steps), "final tokens", "CPU seconds a step"]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    rows = []
     for arm, some in runs.items():
-        scores = 100 * np.array([experiment.curve(run)[2] for run in some])  # (seeds, evaluations)
-        errors = [series(run, "eval_stderr") for run in some]
-        errors = 100 * np.mean([error[np.isfinite(error)] for error in errors], 0)
+        scores, errors = scores_of(some)
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(scores.mean(0), errors)]
         if len(some) > 1:
             spread = scores.std(0, ddof=1) / len(some)**0.5
             cells = [f"{cell} ({over:.1f})" for cell, over in zip(cells, spread)]
         length = np.mean([series(run, "completion_length")[-5:] for run in some])
         seconds = np.mean([experiment.curve(run)[1][-1] / run["settings"]["steps"] for run in some])
-        cells = [LABELS[arm][0], str(len(some)), *cells, f"{length:.1f}", f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([LABELS[arm][0], len(some), *cells, f"{length:.1f}", f"{seconds:.0f}"])
+    return experiment.markdown(
+        ["arm", "seeds", *(f"pass@1 (%) at {step}" for step in steps), "final tokens", "CPU seconds a step"], rows)
 
 
 def figure(args) -> None:
     """pass@1 and the length of completions over iterations, means over seeds; and the table, printed."""
     runs, plt = {}, pyplot()
-    for run in packed(args.into):
+    for run in experiment.read_pack(args.into, "smollm2", ARMS):
         runs.setdefault(run["arm"], []).append(run)
     if not runs:
         sys.exit(f"{args.into} has no runs-smollm2.jsonl.gz: prepare and run come first")
     drawing, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2))
-    for arm, some in runs.items():
+    for i, (arm, some) in enumerate(runs.items()):
         label, colour, line, marker = LABELS[arm]
         style = dict(ls=line, color=colour, marker=marker, ms=5, mfc="white", label=label)
-        scores = 100 * np.array([experiment.curve(run)[2] for run in some])  # (seeds, evaluations)
-        errors = np.mean([series(run, "eval_stderr")[np.isfinite(series(run, "eval_stderr"))] for run in some], 0)
-        shift = 0.3 * (list(LABELS).index(arm) % 4)  # or the error bars would hide each other
-        left.errorbar(experiment.curve(some[0])[0] + shift, scores.mean(0), 100 * errors, capsize=3, **style)
+        scores, errors = scores_of(some)
+        steps = experiment.curve(some[0])[0] + 0.3 * i  # or the error bars would hide each other
+        left.errorbar(steps, scores.mean(0), errors, capsize=3, **style)
         lengths = np.mean([series(run, "completion_length")[1:] for run in some], 0)
         right.plot(series(some[0], "step")[1:], lengths, **style, markevery=5)
     left.set(xlabel="iterations", ylabel="held-out pass@1 (%)")
