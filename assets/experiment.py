@@ -650,6 +650,7 @@ def noise(runs: list[dict], phase: str) -> dict[str, float]:
     return {"root mean square of the measured one-step change of J": math.sqrt(square["change"]),
             "its standard error, were evaluations independent": math.sqrt(2 * binomial),
             "its standard error, from how neighbouring changes covary": math.sqrt(2 * new),
+            "root mean square of the change that is none of this error": math.sqrt(real),
             "highest correlation with it that this leaves":
                 math.sqrt(real / square["change"]) if real else 0.0,
             "sd of μ_t given J(θ_t), the sampling noise": math.sqrt(mu_noise),
@@ -936,8 +937,10 @@ def table(args) -> None:
     results = {}
     text = ["# Results\n\nMade by `python assets/experiment.py table`. ± is half a 95 % t-interval over "
             "seeds; differences are paired by seed."]
-    for condition in (c for c in args.only if read_pack(args.into, c)):
-        runs = read_pack(args.into, condition)
+    packs = {condition: read_pack(args.into, condition) for condition in args.only}
+    for condition, runs in packs.items():
+        if not runs:
+            continue
         found = results[condition] = compare(runs)
         common = {k: v for k, v in runs[0]["settings"].items()
                   if all(run["settings"].get(k) == v for run in runs)}
@@ -966,11 +969,11 @@ def table(args) -> None:
                           [[words, *xi_line(x)] for words, x in report["coarse"].items()])]
     text += [ON_PAPER, paper_table()]
     for condition in (c for c in HARMS if c in results):
-        results[condition]["harm"] = harm_report(read_pack(args.into, condition))
+        results[condition]["harm"] = harm_report(packs[condition])
     tables = brief(results)
     tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results)
     if "mixed" in results:
-        told = results["mixed"]["told"] = mixed_report(read_pack(args.into, "mixed"))
+        told = results["mixed"]["told"] = mixed_report(packs["mixed"])
         tables += brief(results, {"mixed": "one to five digits"}, MIXED)[:2] + [mixed_table(told)]
     text = "\n\n".join(text[:1] + tables + text[1:]) + "\n"
     print(text)
@@ -1175,8 +1178,7 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
             left.plot(size, np.corrcoef(xi, changes[:, K])[0, 1], marker, color=colour, ms=5, mfc="white")
     found, told = agreement([(series(r, "xi")[rows], true_change(r, "last")[rows])
                              for r in probe for rows in [phase_rows(r, "whole")]]), noise(probe, "whole")
-    real = math.sqrt(told["share that is the last step's change of J"]) * told[
-        "root mean square of μ_t − μ_his, ξ's numerator"]
+    real = told["root mean square of the change that is none of this error"]
     points = [("ours, 32 × 8", real / told["sd of μ_t given J(θ_t), the sampling noise"], found, "o")]
     points += [(f"mixed: {name}", x["change"] / x["noise"], x["agreement"], marker) for name, x, marker in (
         ("plain", mixed.get("pipo"), "s"), ("paired", mixed.get("pipo-paired"), "^")) if x and x["agreement"]]
