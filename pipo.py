@@ -1874,10 +1874,10 @@ class Reader(Arithmetic):
                 words.append(self.take())
             return " ".join(unit_name(word.strip('"')) for word in words)
         if token in (r"\frac", r"\binom"):
-            return self.call(token.replace(r"\frac", "/"), self.atom(), self.atom())
+            return self.call(token.replace(r"\frac", "/"), self.operand(), self.operand())
         if token == r"\sqrt":
             index = self.bracket("[") if self.accept("[") else [Fraction(2)]
-            return self.call("^", self.atom(), self.call("/", [Fraction(1)], index))
+            return self.call("^", self.operand(), self.call("/", [Fraction(1)], index))
         if token in CALLS:
             return self.named(token)
         if token == "⟦":
@@ -1886,6 +1886,14 @@ class Reader(Arithmetic):
             return Ordered(shape or "&", tuple(entries))
         require(re.fullmatch(NAME, token))
         self.names.append(token)
+    def operand(self):
+        """An atom inside another, one level deeper."""
+        self.depth += 1
+        require(self.depth <= MAX_DEPTH, "too_big")
+        node = self.atom()
+        self.depth -= 1
+        return node
+
         return self.variable(token)
 
     def bracket(self, opening):
@@ -1899,11 +1907,11 @@ class Reader(Arithmetic):
 
     def named(self, name):
         """\\sin^2 x, \\log_2 8, \\gcd(a, b); without brackets it ends before + - * / or a function."""
-        base = [self.atom()] if self.accept("_") else []
+        base = [self.operand()] if self.accept("_") else []
         power = self.expression(3) if self.accept("^") else None
         self.angle += 1
         is_bracketed = self.next in ("(", "[", "{")
-        node = self.atom() if is_bracketed else self.expression(2)
+        node = self.operand() if is_bracketed else self.expression(2)
         while not is_bracketed and self.next not in CALLS and self.starts_factor():
             node = self.call("*", node, self.expression(2))
         self.angle -= 1
