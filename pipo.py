@@ -233,33 +233,32 @@ def flag(name: str) -> str:
 
 def validate(cfg: Config) -> None:
     """Refuse settings that make no sense (raises UserError) before anything is loaded."""
-    rules = []
-    for f in fields(cfg):
-        value, bound, choices = getattr(cfg, f.name), f.metadata["bound"], f.metadata["choices"]
-        rules.append((not bound or value is None or BOUNDS[bound](value), f.name, f"it must be {bound}"))
-        rules.append((not choices or value in choices, f.name, f"it must be one of {choices}"))
-        names_nothing = isinstance(value, str) and ("\0" in value or len(value) > 2000)
-        too_large = isinstance(value, int) and abs(value) >= 2**63
-        rules.append((not names_nothing, f.name, "it is no text that could name something"))
-        rules.append((not too_large, f.name, "it is too large"))
-    device = pick_device(cfg)
-    rules += [
-        (cfg.minibatches and cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
-         f"it must divide --prompts-per-step ({cfg.prompts_per_step})"),
-        (not (cfg.reward and cfg.reward_noise), "reward_noise", "it turns round 0 and 1, not a --reward"),
-        (cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do"),
-        (not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two"),
-        (not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)"),
-        (not cfg.tracker or find_spec(cfg.tracker), "tracker", "it needs the package of that name"),
-        (not cfg.model or cfg.dataset or not cfg.steps, "dataset", "name a data set to train on"),
-        (cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own"),
-        (cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own"),
-        (device.type in ("cpu", "cuda"), "device", "it must be cpu or a CUDA device"),
-        (cfg.optimizer_device in ("auto", "cpu", device.type), "optimizer_device", f"the run is on {device}"),
-    ]
-    for holds, name, reason in rules:
+    def need(holds, name, reason):
         if not holds:
             raise UserError(f"{flag(name)} is {getattr(cfg, name)!r}: {reason}")
+
+    for f in fields(cfg):
+        value, bound, choices = getattr(cfg, f.name), f.metadata["bound"], f.metadata["choices"]
+        need(not bound or value is None or BOUNDS[bound](value), f.name, f"it must be {bound}")
+        need(not choices or value in choices, f.name, f"it must be one of {choices}")
+        is_name = isinstance(value, str) and f.name not in ("system", "instruction")
+        names_nothing = is_name and ("\0" in value or len(value) > 2000)
+        too_large = isinstance(value, int) and abs(value) >= 2**63
+        need(not names_nothing, f.name, "it is no text that could name something")
+        need(not too_large, f.name, "it is too large")
+    need(cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
+         f"it must divide --prompts-per-step ({cfg.prompts_per_step})")
+    need(not (cfg.reward and cfg.reward_noise), "reward_noise", "it swaps 0 and 1; a --reward has others")
+    need(cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do")
+    need(not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two")
+    need(not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)")
+    need(not cfg.tracker or find_spec(cfg.tracker), "tracker", "it needs the package of that name")
+    need(not cfg.model or cfg.dataset or not cfg.steps, "dataset", "name a data set to train on")
+    need(cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own")
+    need(cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own")
+    device = pick_device(cfg)
+    need(device.type in ("cpu", "cuda"), "device", "it must be cpu or a CUDA device")
+    need(cfg.optimizer_device in ("auto", "cpu", device.type), "optimizer_device", f"the run is on {device}")
 
 
 MEMORY_SHARE = 15 / 16  # of what is free in the plan, and of a card at the most
@@ -453,7 +452,8 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=None) ->
 
     pieces = [checkpoint(logprob, h, y, use_reentrant=False, preserve_rng_state=False)
               for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.zeros_like(mask).masked_scatter(mask.bool(), torch.cat(pieces))  # (n, T)
+    logprobs = torch.zeros_like(mask, dtype=torch.float32)  # (n, T)
+    return logprobs.masked_scatter(mask.bool(), torch.cat(pieces))
 
 
 @torch.no_grad()
@@ -809,7 +809,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
         path = cfg.model
         with torch.device("meta"):  # shapes only
             shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(
-                load_config(path), dtype=torch.bfloat16))
+                load_config(path), dtype=torch.bfloat16, trust_remote_code=False))
         cfg, table = plan_memory(shapes, cfg, device, out)
         tqdm.write(f"memory, as far as it can be told beforehand:\n{table}")
         rows = load_rows(cfg.dataset, "train") if cfg.steps else None
@@ -2143,7 +2143,8 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = Fa
 def base_folder(path: str) -> str:
     """Where the weights of the model at `path` are: there, or where its adapters (of --lora) say."""
     adapters = Path(path, "adapter_config.json")
-    return json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
+    with explained_as(f"{adapters} cannot be read"):
+        return json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
 
 
 def load_config(path: str):
@@ -2197,8 +2198,9 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
         if lora:
             raise UserError(f"{path} holds adapters, which are not saved with new ones: train it without "
                             "--lora, or merge it first")
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        with explained_as(f"the adapters in {path} cannot be loaded with the package peft"):
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, say, with which save_pretrained refuses to save
@@ -2356,7 +2358,8 @@ def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
     """
     here = device.type
     free = {"cpu": free_memory("cpu") * MEMORY_SHARE, here: free_memory(str(device)) * MEMORY_SHARE}
-    old_run = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())  # is replaced, or goes
+    old_files = [file for path in run_files(out) for file in (path, *path.rglob("*")) if file.is_file()]
+    old_run = sum(file.stat().st_size for file in old_files)  # is replaced, or goes
     free["disk"] = shutil.disk_usage(out).free + old_run
     dtype = ("bfloat16" if here == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
     size, parameters = getattr(torch, dtype).itemsize, shapes.num_parameters()
@@ -2542,7 +2545,7 @@ def open_run(cfg: Config, out: Path) -> dict | None:
             read = Path(name).expanduser().resolve()
             is_in_the_way = any(path.resolve() in (read, *read.parents) for path in there)
             if is_in_the_way or read == out.resolve():
-                raise UserError(f"--overwrite would delete {name}, which is to be read: give another --out")
+                raise UserError(f"{name} is to be read, but a run may delete it in {out}: give another --out")
         if there and not cfg.overwrite:
             raise UserError(f"{out} already holds a run: --resume goes on with it, --overwrite deletes it")
         return None
@@ -2761,7 +2764,8 @@ class Sturdy(io.FileIO):
 
 def sturdy(stream):
     """A stream like this one that neither a closed pipe nor an ASCII terminal can turn into an error."""
-    stream = stream or open(os.devnull, "w")  # None where it was closed from the start
+    if stream is None:  # closed from the start
+        return open(os.devnull, "w")
     buffer = io.BufferedWriter(Sturdy(stream.fileno(), "w", closefd=False))
     return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
 

@@ -502,6 +502,8 @@ def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
         logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
         plain = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(-1, row[:, None]).squeeze(-1)
         assert torch.allclose(ours[i, :len(row)], plain, atol=1e-5) and (ours[i, len(row):] == 0).all()
+    whole = token_logprobs(model, batch.prompts, batch.tokens, batch.mask.long(), 0.7, chunk=3)  # any 0/1 mask
+    assert torch.equal(whole, ours)
 
 
 class Recorder(torch.optim.SGD):
@@ -2181,12 +2183,13 @@ def test_code_of_a_repository_is_never_run(folder, tmp_path, monkeypatch):
     """transformers asks on standard input whether to trust it, and a piped `y` executed it."""
     shutil.copytree(folder / "model", tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    config = json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
-    file.write_text(json.dumps(config))
     (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    refused(folder, tmp_path / "run", "can be read neither", model=str(tmp_path / "model"))
-    assert not (tmp_path / "ran").exists()
+    for kind, own in [("own", "AutoConfig"), ("t5", "AutoModelForCausalLM")]:
+        config = json.loads(file.read_text()) | {"model_type": kind, "auto_map": {own: "own.Own"}}
+        file.write_text(json.dumps(config))
+        refused(folder, tmp_path / "run", "can be read neither", model=str(tmp_path / "model"))
+        assert not (tmp_path / "ran").exists()
 
 
 def test_any_of_several_golds_counts():
@@ -2245,6 +2248,11 @@ def test_several_held_out_sets_and_evaluation_alone(folder, tmp_path, graded_by_
     assert len(adapters) == 1
     merged = pipo.load_model(str(tmp_path / "adapters" / "model"), torch.device("cpu"))
     assert not torch.equal(weights(merged), weights(folder / "model"))
+    broken = tmp_path / "adapters" / "model" / "adapter_model.safetensors"
+    broken.write_bytes(b"no tensors")
+    refused(folder, tmp_path / "broken", "the adapters in", model=str(broken.parent), steps=0, **changes)
+    (broken.parent / "adapter_config.json").write_text("{}")
+    refused(folder, tmp_path / "broken", "adapter_config.json cannot be read", model=str(broken.parent))
 
 
 def test_truncated_completions_can_be_left_out_of_updates(folder, tmp_path, graded_by_coin, monkeypatch):
@@ -2693,9 +2701,9 @@ def test_overwrite_does_not_delete_what_it_is_to_read(folder, tmp_path, finished
     """--overwrite --dataset OUT/samples.jsonl deleted the data set it was about to read; a linked folder stays."""
     shutil.copytree(finished, tmp_path / "run")
     data = str(tmp_path / "run" / "samples.jsonl")
-    refused(folder, tmp_path / "run", f"--overwrite would delete {data}", overwrite=True, dataset=data)
+    refused(folder, tmp_path / "run", f"{data} is to be read", overwrite=True, dataset=data)
     inside = str(tmp_path / "run" / "model")
-    refused(folder, tmp_path / "run", f"--overwrite would delete {inside}", overwrite=True, model=inside)
+    refused(folder, tmp_path / "run", f"{inside} is to be read", overwrite=True, model=inside)
     shutil.move(tmp_path / "run" / "model", tmp_path / "elsewhere")
     (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
     pipo.train(settings(folder, tmp_path / "run", steps=1, overwrite=True))
@@ -2794,6 +2802,14 @@ def test_a_closed_pipe_and_an_ascii_terminal_do_not_end_a_run(folder, tmp_path):
     assert len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3 and (tmp_path / "run" / "model").exists()
 
 
+def test_a_stream_closed_from_the_start_writes_into_no_other_file(tmp_path):
+    """After `2>&-` the next file that was opened got the number 2, and what was said stood in it."""
+    stream = pipo.sturdy(None)
+    with open(tmp_path / "file", "w"):
+        print("a warning", file=stream, flush=True)
+    assert (tmp_path / "file").read_text() == ""
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(folder, tmp_path, graded_by_coin, monkeypatch):
     """The half-written file stayed and filled the disk for good."""
     plain = torch.save
@@ -2839,6 +2855,7 @@ def test_values_beyond_reason_get_one_sentence(folder, tmp_path, capsys, flags, 
     good = ["--model", str(folder / "model"), "--dataset", str(folder / "train.jsonl"), "--out", str(tmp_path / "run")]
     code, said = pipo.main([*good, *flags]), capsys.readouterr().err.strip()
     assert code == 2 and sentence in said and said.count("\n") == 0
+    pipo.validate(Config(model="m", system="few-shot examples " * 200))  # a text, not a name: refused as too long
 
 
 # ------------------------------------------------------------------------------------------------------------
