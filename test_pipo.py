@@ -3168,6 +3168,23 @@ def copied(names, imports):
     return space
 
 
+def test_sections_can_be_copied_as_the_readme_says():
+    """Guards against a helper from another section that the README does not name."""
+    text, defined, used = " ".join(readme_section("Copying pieces").split()), {}, {}
+    lines = Path(pipo.__file__).read_text().splitlines()
+    banners = [i for i, line in enumerate(lines, 1) if line.startswith("# ---") and lines[i].startswith("# ")]
+    for node in ast.parse("\n".join(lines)).body:
+        section = lines[max(i for i in (0, *banners) if i < node.lineno)].split(".")[0]
+        for target in (node, *getattr(node, "targets", ())):
+            defined.setdefault(getattr(target, "name", getattr(target, "id", None)), section)
+        loads = [x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)]
+        used.setdefault(section, set()).update(x.id for x in loads)
+    for section in ("# Sampling", "# Verifying"):
+        local = {"values", "joined", "Problem"}  # variables of the same name; an annotation
+        others = {name for name in used[section] - local if defined.get(name, section) != section}
+        assert all(f"`{name}`" in text for name in others), others
+
+
 def test_pieces_can_be_copied_as_the_readme_says():
     """Guards against a helper or an import that the README's table of pieces forgot."""
     lines = readme_section("Copying pieces").splitlines()
