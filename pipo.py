@@ -514,11 +514,11 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
             trained += count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         if not math.isfinite(norm + loss_sum):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
         optimizer.step()
         norms.append(norm)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return {"loss": loss_sum / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
             "skipped_steps": minibatches - len(norms),
             **{name: value / trained if trained else None for name, value in sums.items()}}
@@ -697,7 +697,8 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
 
     # 8. push mu_t, once, after it was read; keep B_t
     run.tracker.push(mu)
-    run.past_xi += [feedback.xi] if feedback else []
+    if feedback:
+        run.past_xi.append(feedback.xi)
     run.previous = batch
     phases = ("sample", "grade", "verification", "exploration")
     return batch, {
@@ -841,8 +842,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     if cfg.kl_coef:
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
-    run = Run(model, tokenizer, make_optimizer(model, cfg) if cfg.steps else None, tracker, reference,
-              reward)
+    run = Run(model, tokenizer, make_optimizer(model, cfg) if cfg.steps else None, tracker, reference, reward)
     run.read = fingerprints(run, problems, held_out, cfg)
     if state:
         load_checkpoint(run, state, out)
@@ -1058,10 +1058,8 @@ def move_rows(caches: list[Cache], rows: Tensor, room: int) -> Cache:
         held = torch.cat(held) if len(held) > 1 else held[0]
         return F.pad(held[rows], (0, 0, 0, room))  # (n, heads, P + room, D)
 
-    layers = []
-    for pieces in zip(*(cache.layers for cache in caches)):
-        layers.append(RoomyLayer(moved(pieces, "keys"), moved(pieces, "values"), room))
-    return Cache(layers)
+    return Cache([RoomyLayer(moved(pieces, "keys"), moved(pieces, "values"), room)
+                  for pieces in zip(*(cache.layers for cache in caches))])
 
 
 def cache_name(model) -> str:
@@ -1134,11 +1132,11 @@ class Row:
         self.ended = self.tokens[-1] in eos or len(self.tokens) == limit
 
 
-def decode(tokenizer, tokens: list[int]) -> str:
-    """The text of a completion without its special tokens, but for the marks of a thought."""
+def decode(tokenizer, completions: list[list[int]], eos: set[int]) -> list[str]:
+    """Texts of completions without their ends and special tokens, but with the marks of a thought."""
     thoughts = {tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")}
-    special = set(tokenizer.all_special_ids) - thoughts
-    return tokenizer.decode([token for token in tokens if token not in special], skip_special_tokens=False)
+    hidden = set(tokenizer.all_special_ids) - thoughts | eos  # all ends, where the tokenizer knows only one
+    return [tokenizer.decode([token for token in tokens if token not in hidden]) for tokens in completions]
 
 
 @torch.no_grad()
@@ -1196,8 +1194,7 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
     mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
-    # the end is no text, though a tokenizer that knows one end alone would show the others: <|eot_id|>
-    texts = [decode(tokenizer, [token for token in row.tokens if token not in eos]) for row in rows]
+    texts = decode(tokenizer, [row.tokens for row in rows], eos)
     left = None if room == sys.maxsize else room
     prompts = [row.prompt for row in rows]
     return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
@@ -2024,7 +2021,7 @@ def find_columns(rows, columns: str, name: str, own_reward: bool, held_out: bool
 
     Held-out problems may lack those of --columns. A reward function of one's own needs no answers.
     """
-    there = rows.column_names if isinstance(rows, datasets.Dataset) else list(*rows[:1])
+    there = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0] if rows else ())
     asking, *answering = [column.strip() for column in columns.split(",")]
     if not columns or held_out and not {asking, *answering} <= set(there):
         spelled = {column.lower(): column for column in sorted(there)}  # Problem is problem
@@ -2153,9 +2150,7 @@ def load_config(path: str):
         path, "model", lambda: AutoConfig.from_pretrained(base_folder(path), trust_remote_code=False))
     text = config.get_text_config()
     for part in (config, text):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+        part.update({name: 0.0 for name, x in vars(part).items() if "drop" in name and isinstance(x, float)})
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise UserError(f"{path} has layers of the kind {', '.join(sorted(kinds))}: not supported")
@@ -2438,8 +2433,7 @@ def supervise(run: Run, prompts: list, solutions: list, probe: list[Problem], cf
     mask = padded([[1.0] * len(s) for s in solutions], run.model.device)  # (n, T)
     bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
     for step in bar:
-        generator = rng("cpu", cfg.seed, "warm start", step)
-        rows = torch.randint(len(prompts), (rows_a_step,), generator=generator)
+        rows = torch.randint(len(prompts), (rows_a_step,), generator=rng("cpu", cfg.seed, "warm start", step))
         logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
         loss = -logprobs.sum() / mask[rows].sum()
         loss.backward()
@@ -2470,8 +2464,7 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
         num_attention_heads=3, num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     model = transformers.Qwen3ForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
-    run = Run(model, tokenizer, optimizer, tracker=None)
+    run = Run(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True), tracker=None)
     probe = read_problems(warm[:256], tokenizer, cfg, "the warm start")  # not trained on
     prompts = [tokenizer(row["problem"]).input_ids for row in warm[256:]]
     solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm[256:]]
@@ -2503,8 +2496,7 @@ def kept_models(out: Path) -> list[Path]:
 
 def run_files(out: Path) -> list[Path]:
     """What a run has left in its folder."""
-    names = [path for path in (out / name for name in RUN_FILES) if path.exists() or path.is_symlink()]
-    return names + kept_models(out)
+    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + kept_models(out)
 
 
 @contextmanager
@@ -2584,15 +2576,13 @@ def clear_run(out: Path) -> None:
 
 def fingerprints(run: Run, problems: list[Problem], held_out: dict, cfg: Config) -> dict[str, str]:
     """What a run reads, each in a short hash, so that a resumed run can tell whether it is still the same."""
-    def short(things):
-        return hashlib.sha256(repr(things).encode("utf-8", "backslashreplace")).hexdigest()[:16]
-
     read = {name: [(p.prompt, p.golds) for p in some] for name, some in held_out.items()}
     read["training problems"] = [(p.prompt, p.golds) for p in problems]
     read["start model"] = [p.flatten()[:4].tolist() for p in run.model.parameters()]
     if cfg.reward:
         read["reward function"] = Path(cfg.reward.rpartition(":")[0]).read_bytes()
-    return {name: short(things) for name, things in read.items()}
+    return {name: hashlib.sha256(repr(things).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+            for name, things in read.items()}
 
 
 def loose_weights(run: Run) -> dict[str, Tensor]:
@@ -2609,8 +2599,7 @@ def save_model(run: Run, folder: Path) -> None:
         shutil.rmtree(partial_folder, ignore_errors=True)
         run.model.save_pretrained(partial_folder)
         run.tokenizer.save_pretrained(partial_folder)
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial_folder, folder)
 
 
@@ -2709,16 +2698,12 @@ def parse(arguments: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description="PIPO in one file. Without --model: an offline demo.",
                                      usage="python pipo.py [--setting value ...]; --help lists them",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    types = get_type_hints(Config)
+    types, kinds = get_type_hints(Config), {bool: dict(action="store_true"), list[str]: dict(nargs="+")}
     for f in fields(Config):
         has_default = types[f.name] is not bool and f.default not in (None, "")
         default = f" (default: {f.default})" if has_default else ""
         demo = f" (demo: {DEMO[f.name]})" if DEMO.get(f.name) else ""
-        kind = dict(type=types[f.name], choices=f.metadata["choices"])
-        if types[f.name] is bool:
-            kind = dict(action="store_true")
-        if types[f.name] == list[str]:
-            kind = dict(nargs="+")
+        kind = kinds.get(types[f.name], dict(type=types[f.name], choices=f.metadata["choices"]))
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
         group.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)

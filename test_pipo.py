@@ -1045,7 +1045,7 @@ def test_a_thought_stays_in_the_text_and_unfinished_it_is_no_answer(folder, tmp_
     tokenizer = letter_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
     ids = tokenizer("<think>ab</think>c<eos>").input_ids
-    assert pipo.decode(tokenizer, ids) == "<think>ab</think>c"
+    assert pipo.decode(tokenizer, [ids], set()) == ["<think>ab</think>c"]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
     opened, = pipo.read_problems([{"problem": "a", "answer": "5"}], tokenizer, Config(instruction=""), "rows")
     assert opened.thinking
