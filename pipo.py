@@ -16,11 +16,11 @@ batch of step t, A_i the GRPO advantage of its sample i, K the length of the win
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-So a batch after which the reward rose is stepped on once more, further the same way, and one after which it
-fell a little (lam) back. mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}.
+So a batch after which the reward rose gets a second step the same way, and one after which it fell a small
+step back (times lam). mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}.
 Both steps share one optimizer; each ratio is against the policy that sampled its batch. There is no verification
 step while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and
-where no group of B_{t-1} is mixed. In names of settings and metrics it is `pi_`, for policy improvement.
+where no group of B_{t-1} is mixed. Its settings and metrics begin with `pi_`, for policy improvement.
 
     python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, in minutes
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
@@ -79,7 +79,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-# Or the GPU's memory breaks into pieces.
+# Without this the GPU's memory breaks into pieces.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback while the libraries load
@@ -158,7 +158,7 @@ class Config:
     system: str = option("", "system message, put in front of prompts that have none")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
                               "put behind a problem that has no \\boxed in it, not behind messages", demo="")
-    warm_start: float = option(0.25, "demo: its warm start ends at this share of solved ones", "in [0, 1)")
+    warm_start: float = option(0.25, "demo: the warm start ends once this share is solved", "in [0, 1)")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", "above 0")
     # sampling
@@ -169,23 +169,24 @@ class Config:
     temperature: float = option(0.7, "of sampling, in training and evaluation", "above 0", demo=1.0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", "in (0, 1]")
     cache_tokens: int = option(None, "room of the key-value cache (default: what fits)", "above 0")
-    # the base objective (exploration step)
+    # the base objective (both steps; the KL in exploration only)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)", "in [0, 1)")
     clip_high: float = option(None, "upper clip of the ratio (default: the base's own)", "0 or more")
     kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", "0 or more")
     behavior: str = option("auto", "whose log-probabilities the ratio is against (auto: the sampler's; for "
                            "gspo in bfloat16 the trainer's)", choices=("auto", "sampler", "trainer"))
-    dynamic_sampling: int = option(0, "DAPO's: rounds of prompts until all groups are mixed", "0 or more")
+    dynamic_sampling: int = option(0, "DAPO's: more rounds of prompts, up to so many, until Q groups "
+                                  "are mixed", "0 or more")
     # the feedback (verification step)
-    feedback: str = option("pipo", "what scales the verification step: phi(xi); none: no such step; "
-                           "--constant; an earlier xi's", choices=("pipo", "none", "constant", "shuffled"))
+    feedback: str = option("pipo", "what scales the verification step: phi(xi); nothing, as there is none; "
+                           "--constant; phi of an earlier xi", choices=("pipo", "none", "constant", "shuffled"))
     window: int = option(8, "K, past mean rewards that the present one is held against", "at least 2")
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", "in [0, 1]")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
     constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", "finite")
     reward_noise: float = option(0.0, "share of training rewards to flip, to study noise", "in [0, 1)")
-    mask_truncated: bool = option(False, "completions cut off by the limit take no part in updates")
+    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
     # the optimizer
     lr: float = option(1e-6, "learning rate", "above 0", demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification step (default: --lr)", "above 0")
@@ -198,7 +199,7 @@ class Config:
     dtype: str = option("auto", "of the weights; gradients are summed, and AdamW steps, in float32 (auto: "
                         "bfloat16 on a GPU, else float32)", choices=("auto", "float32", "bfloat16"))
     optimizer_device: str = option("auto", "where AdamW's float32 weights and moments are (auto: the host's "
-                                   "memory where they fit)", choices=("auto", "cpu", "cuda"))
+                                   "memory, if they are large and fit there)", choices=("auto", "cpu", "cuda"))
     lora: int = option(0, "rank of LoRA adapters to train instead of all weights (needs peft)", "0 or more")
     # the run
     seed: int = option(0, "the same seed gives the same run (on the same CPU, to the last bit)", "finite")
@@ -212,7 +213,7 @@ class Config:
     eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
     eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
     save_every: int = option(None, "steps between saves, 0: none (default: 10, 1B+ 50)", "0 or more", demo=20)
-    save_minutes: float = option(30.0, "minutes after which a checkpoint is saved in any case", "above 0")
+    save_minutes: float = option(30.0, "minutes after which there is a save in between, too", "above 0")
     keep_models: int = option(0, "keep the last so many checkpoints' models as model-<step>/", "0 or more")
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
     tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio", "tensorboard"))
@@ -265,7 +266,7 @@ MEMORY_SHARE = 15 / 16  # of what is free in the plan, and of a card at the most
 
 
 def pick_device(cfg: Config) -> torch.device:
-    """The device that samples and trains; a UserError if there is no such device here."""
+    """The device that samples and trains, made ready; a UserError if there is no such device here."""
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained_as(f"--device is {device!r}"):  # an unknown name, or a torch without CUDA
         device = torch.empty(0, device=device).device
@@ -421,7 +422,7 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, objective=BASES["
 # ------------------------------------------------------------------------------------------------------------
 
 
-# Rows of logits at a time. Each chunk adds to the head's whole gradient, which on a GPU costs more than its memory.
+# Rows of logits at a time. Small chunks save memory, but each adds to the head's whole gradient: that takes time.
 LOGITS_CHUNK = {"cpu": 256, "cuda": 1024}
 
 
@@ -789,10 +790,10 @@ def open_tracker(cfg: Config, out: Path):
             yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items()
                                if isinstance(value, (int, float))]
     elif cfg.tracker:
-        tracker = importlib.import_module(cfg.tracker)
-        tracker.init(project="pipo", name=out.name, config=asdict(cfg))
-        yield lambda row: tracker.log(row, step=row["step"])
-        tracker.finish()
+        service = importlib.import_module(cfg.tracker)
+        service.init(project="pipo", name=out.name, config=asdict(cfg))
+        yield lambda row: service.log(row, step=row["step"])
+        service.finish()
     else:
         yield lambda row: None
 
@@ -835,7 +836,7 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     check_positions(path, max(map(len, asked)) + cfg.max_new_tokens)
     torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
-    # those added to it count where they are asked: gemma-3-1b has one for images that its model lacks
+    # vocab_size leaves out added tokens, which matter in a prompt only: gemma-3-1b has no row for its image's
     highest = max(tokenizer.vocab_size - 1, *map(max, asked))
     if highest >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {path} has a token {highest}, but the model no embedding for it")
@@ -916,7 +917,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
             save_model(run, out / "model")
         rows = read_jsonl(out / "metrics.jsonl")
     verdicts = Counter(row["feedback"] for row in rows if "feedback" in row)
-    print(f"feedback: {dict(verdicts)}; metrics, samples, the last checkpoint and the model are in {out}")
+    print(f"feedback: {dict(verdicts)}; the run's files are in {out}")
     return rows
 
 
@@ -1077,7 +1078,7 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     ids = padded(place, model.device, "left")  # (q, P)
     seen = padded([[1] * len(prefix) for prefix in place], model.device, "left")  # (q, P)
     caches, logits = [], []
-    last = torch.tensor([-1], device=model.device)  # for 1 it is a slice, and a frozen head is copied for each row
+    last = torch.tensor([-1], device=model.device)  # as 1 it makes a slice, for which a frozen head is copied
     for part, mask in zip(*(x.split(max(1, prefill_tokens // ids.shape[1])) for x in (ids, seen))):
         caches.append(DynamicCache())
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -1146,13 +1147,13 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 
     Works in waves of as many rows as the cache has room for. Every `chunk` tokens the rows that have ended are
     dropped, and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a later wave, which
-    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried once
-    more with the same room, then with less. Raises FloatingPointError where the model's probabilities are not
-    finite.
+    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried
+    again, the first time with the same room, later with less; only a single row that does not fit raises.
+    Raises FloatingPointError where the model's probabilities are not finite.
     """
     model.eval()
     device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens or sys.maxsize
-    chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that ends early is carried to its end
+    chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that has ended is carried on to the chunk's end
     rows = [Row(prompt) for prompt in prompts for _ in range(group_size)]  # N
 
     def carry_on(wave):
@@ -1883,6 +1884,8 @@ class Reader(Arithmetic):
             return Ordered(shape or "&", tuple(entries))
         require(re.fullmatch(NAME, token))
         self.names.append(token)
+        return self.variable(token)
+
     def operand(self):
         """An atom inside another, one level deeper."""
         self.depth += 1
@@ -1890,8 +1893,6 @@ class Reader(Arithmetic):
         node = self.atom()
         self.depth -= 1
         return node
-
-        return self.variable(token)
 
     def bracket(self, opening):
         """The rest of a bracket: a tuple or interval if it holds several items, else what is in it."""
