@@ -85,18 +85,20 @@ MIXED = {
     "constant": ARMS["constant"],
     "oracle": ORACLES["oracle"],
 }
-# condition -> common settings, arms (the first is what the others are held against), seeds at most
+# condition -> common settings, arms (the first is what the others are held against), seeds
 CONDITIONS = {
-    "sweep": ({}, {f"lr{lr:g}": dict(feedback="none", lr=lr) for lr in SWEEP}, SWEEP_SEEDS),
-    "safe": (dict(lr=SAFE_LR), ARMS | ORACLES | KNOBS, SEEDS),
-    "probe": (dict(lr=SAFE_LR, eval_every=1, prompts_per_step=32), {"pipo": ARMS["pipo"]}, SEEDS),
-    "noisy": (dict(lr=SAFE_LR, reward_noise=0.1), ARMS, SEEDS),
-    "edge": (dict(lr=EDGE_LR), ARMS | ORACLES, SEEDS),
+    "sweep": ({}, {f"lr{lr:g}": dict(feedback="none", lr=lr) for lr in SWEEP}, range(SWEEP_SEEDS)),
+    "safe": (dict(lr=SAFE_LR), ARMS | ORACLES | KNOBS, range(SEEDS)),
+    "again": (dict(lr=SAFE_LR), {arm: ARMS[arm] for arm in ("grpo", "pipo", "constant", "shuffled", "grpo-2")},
+              range(SEEDS, 2 * SEEDS)),
+    "probe": (dict(lr=SAFE_LR, eval_every=1, prompts_per_step=32), {"pipo": ARMS["pipo"]}, range(SEEDS)),
+    "noisy": (dict(lr=SAFE_LR, reward_noise=0.1), ARMS, range(SEEDS)),
+    "edge": (dict(lr=EDGE_LR), ARMS | ORACLES, range(SEEDS)),
     "gspo": (dict(lr=SAFE_LR, base="gspo"),
-             {"gspo": ARMS["grpo"], "pipo": ARMS["pipo"], "constant": ARMS["constant"]}, SEEDS),
-    "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED, SEEDS),
-    "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED, SEEDS),
-    "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED, SEEDS),
+             {"gspo": ARMS["grpo"], "pipo": ARMS["pipo"], "constant": ARMS["constant"]}, range(SEEDS)),
+    "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED, range(SEEDS)),
+    "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED, range(SEEDS)),
+    "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED, range(SEEDS)),
 }
 
 
@@ -104,11 +106,11 @@ def wanted(args) -> list[dict]:
     """The jobs in the order in which they are worth having: by condition, then by seed, then by arm."""
     jobs = []
     for condition in args.only:
-        common, arms, most = CONDITIONS[condition]
+        common, arms, seeds = CONDITIONS[condition]
         steps = round(args.steps * (PROBE_LENGTH if condition == "probe" else 1))
         settings = dict(base="grpo", steps=steps, prompts_per_step=16, window=WINDOW, eval_every=10) | common
         jobs += [dict(condition=condition, arm=arm, seed=seed, settings=settings | own)
-                 for seed in range(min(args.seeds, most)) for arm, own in arms.items()
+                 for seed in seeds[:args.seeds] for arm, own in arms.items()
                  if not args.arms or arm in args.arms.split(",")]
     return jobs
 
