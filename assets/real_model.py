@@ -42,8 +42,12 @@ ARMS = {
     "pipo": dict(feedback="pipo"),
     "constant": dict(feedback="constant", constant=0.43),
     "pipo-lora": dict(feedback="pipo", lora=16, lr=1e-4),
+    "grpo-32": dict(feedback="none", prompts_per_step=32, lr=2e-5),
+    "pipo-32": dict(feedback="pipo", prompts_per_step=32, lr=2e-5),
 }
-LABELS = STYLES | {"pipo-lora": ("PIPO, LoRA 16", "#E69F00", ":", "<")}
+LABELS = STYLES | {"pipo-lora": ("PIPO, LoRA 16", "#E69F00", ":", "<"),
+                   "grpo-32": ("GRPO, 32 prompts", "#009E73", "-.", "v"),
+                   "pipo-32": ("PIPO, 32 prompts", "#CC79A7", "--", "D")}
 
 # ------------------------------------------------------------------------------------------------------------
 # The start. Everything is made once, and beside its place, so that a kill leaves no half of it.
