@@ -999,7 +999,7 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "constant-1.84": ("constant 1.84", "#56B4E9", "-", "d"),
           "oracle": ("PIPO told J", "#E69F00", "-", "*"),
           "oracle-lam1": ("PIPO told J, λ = 1", "#009E73", ":", "P"),
-          "roll-back": ("roll back", "#56B4E9", (0, (5, 1)), "X"),
+          "roll-back": ("roll back", "#CC79A7", (0, (5, 1)), "X"),
           "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p")}
 SHOWN = ("grpo", "gspo", "pipo", "pipo-lam1", "constant", "shuffled", "grpo-2", "oracle")
 
@@ -1190,7 +1190,7 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
     steps, V = (0.001, 0.003), reward_variance(**{n: PAPER[n] for n in ("between", "within", "Q", "G")})
     left.axvspan(*(step / math.sqrt(V) for step in steps), color="#888888", alpha=0.25, lw=0,
                  label="the paper's 128 × 8, if a step\nchanges J by 0.1 to 0.3 points")
-    left.set(xscale="log", xlabel="sd of a step's change of J, in sd of μ", ylim=(-0.02, 0.75),
+    left.set(xscale="log", xlabel="sd of a step's change of J, in sd of μ", ylim=(-0.12, 0.75),
              ylabel=r"correlation of $\xi_t$ with the last step's change")
     Q = np.geomspace(8, 30000, 101)
     for step, arm in ((0.001, "constant"), (0.003, "pipo"), (0.01, "shuffled")):
@@ -1203,7 +1203,7 @@ def draw_paper(probe: list[dict], mixed: dict, path: Path) -> None:
     right.axhline(xi_correlation(1, 0, WINDOW), color="#888888", lw=0.8)
     right.text(9, xi_correlation(1, 0, WINDOW) + 0.01, "no noise at all", fontsize=9, color="#555555")
     right.axvline(PAPER["Q"], color="#888888", lw=0.8, ls="--")
-    right.set(xscale="log", xlabel="Q, prompts a step (G = 8, K = 8, MATH's spread)", ylim=(-0.02, 0.75))
+    right.set(xscale="log", xlabel="Q, prompts a step (G = 8, K = 8, MATH's spread)", ylim=(-0.12, 0.75))
     left.legend(loc="upper left", fontsize=8.5)
     right.legend(loc="upper left", bbox_to_anchor=(0, 0.74), fontsize=8.5,
                  title="sd of a step's change, points", title_fontsize=8.5)
