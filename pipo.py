@@ -161,7 +161,7 @@ class Config:
     warm_start: float = option(0.25, "demo: the warm start ends once this share is solved", "in [0, 1)")
     thinking: bool = option(False, "let a chat template switch its thinking mode on")
     max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", "above 0")
-    # sampling
+    # sampling and grading
     steps: int = option(261, "iterations; 0 only evaluates", "0 or more", demo=120)
     prompts_per_step: int = option(128, "Q, prompts an iteration", "above 0", demo=32)
     group_size: int = option(8, "G, samples a prompt", "at least 2")
@@ -169,6 +169,9 @@ class Config:
     temperature: float = option(0.7, "of sampling, in training and evaluation", "above 0", demo=1.0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", "in (0, 1]")
     cache_tokens: int = option(None, "room of the key-value cache (default: what fits)", "above 0")
+    dynamic_sampling: int = option(0, "DAPO's: at most so many more rounds, for Q mixed groups", "0 or more")
+    reward_noise: float = option(0.0, "share of training rewards to flip, to study noise", "in [0, 1)")
+    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
     # the base objective (both steps; the KL in exploration only)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
     clip_low: float = option(None, "lower clip of the ratio (default: the base's own)", "in [0, 1)")
@@ -176,8 +179,6 @@ class Config:
     kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", "0 or more")
     behavior: str = option("auto", "whose log-probabilities the ratio is against (auto: the sampler's; for "
                            "gspo in bfloat16 the trainer's)", choices=("auto", "sampler", "trainer"))
-    dynamic_sampling: int = option(0, "DAPO's: more rounds of prompts, up to so many, until Q groups "
-                                  "are mixed", "0 or more")
     # the feedback (verification step)
     feedback: str = option("pipo", "what scales the verification step: phi(xi); nothing, as there is none; "
                            "--constant; phi of an earlier xi", choices=("pipo", "none", "constant", "shuffled"))
@@ -185,8 +186,6 @@ class Config:
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", "in [0, 1]")
     xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
     constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", "finite")
-    reward_noise: float = option(0.0, "share of training rewards to flip, to study noise", "in [0, 1)")
-    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
     # the optimizer
     lr: float = option(1e-6, "learning rate", "above 0", demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification step (default: --lr)", "above 0")
@@ -220,9 +219,10 @@ class Config:
 
 
 # The headings of --help, by the first setting below each.
-HEADINGS = {"model": "the task", "steps": "sampling", "base": "the base objective (both steps; KL: one)",
-            "feedback": "the feedback (verification step)", "lr": "the optimizer",
-            "dtype": "precision and memory", "seed": "the run", "eval_every": "evaluating, saving, showing"}
+HEADINGS = {"model": "the task", "steps": "sampling and grading",
+            "base": "the base objective (both steps; KL: one)", "feedback": "the feedback (verification step)",
+            "lr": "the optimizer", "dtype": "precision and memory", "seed": "the run",
+            "eval_every": "evaluating, saving, showing"}
 # Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
 DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
 
