@@ -1581,7 +1581,7 @@ class Arithmetic:
             if type(arg) is Ordered and arg.brackets[0] in "&;":
                 entries = (self.call(name, *args[:k], entry, *args[k + 1:]) for entry in arg.items)
                 return Ordered(arg.brackets, tuple(entries))
-        require(all(type(arg) is list for arg in args))
+        require(args and all(type(arg) is list for arg in args))  # no \sin(\emptyset)
         count = max(map(len, args))
         return [self.compute(name, *xs) for xs in zip(*(arg * (count // len(arg)) for arg in args))]
 
@@ -1668,7 +1668,7 @@ class Arithmetic:
     def joined(self, op, a, b):
         """a ∪ b, a ∩ b, a ∖ b as Reals if they are that, or a : b, or a modulo b."""
         if op == "≡":
-            return Measured(f"mod {b}", self.call(op, a, b))
+            return Measured(b, self.call(op, a, b))
         x, y = self.reals(a), self.reals(b)
         if op != ":" and x and y:
             keep = {"∪": operator.or_, "∩": operator.and_, "∖": operator.gt}[op]

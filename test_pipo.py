@@ -1439,6 +1439,8 @@ HOSTILE = [
     "{}" * 700,
     "5^",
     r"\gcd()",
+    r"\sin(\emptyset)",
+    r"1\mod10^{2000}10^{2000}10^{2000}",
     r"\log_{}",
     r"\begin{pmatrix}",
     "__import__('os').system('touch pwned')",
