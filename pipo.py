@@ -1242,18 +1242,11 @@ CUE = re.compile(
 SPECIAL = re.compile(r"<\|[^|>]*\|>|</s>|<eos>")
 
 
-def boxed(text):
-    """The content of the last box; None without a box, "" if the last one is empty or never closed."""
-    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
-    box = BOX.match(text, start, start + 10 * MAX_TEXT)
-    return (box[1] or box[2] or "").strip() if box else None
-
-
 def unboxed(text):
-    """The answer of a text without a box: tagged, behind ####, or behind "the answer is"; None if missing."""
+    """The answer of a text without a box: tagged, behind ####, or behind "the answer is"; "" if missing."""
     tail = text[-10 * MAX_TEXT:]
     found = TAGGED.findall(tail) or HASHES.findall(tail) or CUE.findall(SPECIAL.split(text[-1000:])[0])
-    return SPECIAL.split("".join(found[-1]))[0].replace("**", "") if found else None
+    return SPECIAL.split("".join(found[-1]))[0].replace("**", "") if found else ""
 
 
 def extract_answer(text: str, thinking: bool = False) -> str | None:
@@ -1266,10 +1259,10 @@ def extract_answer(text: str, thinking: bool = False) -> str | None:
     start, *thoughts = ("<think>" * thinking + text).split("<think>")
     ended = [part for part in thoughts if "</think>" in part]
     text = "\n".join(part.rpartition("</think>")[2] for part in (start, *ended))
-    answer = boxed(text)
-    if answer is None:
-        answer = unboxed(text)
-    return (answer or "").strip(" \t\n*") or None
+    last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
+    box = BOX.match(text, last, last + 10 * MAX_TEXT)
+    answer = (box[1] or box[2] or "").strip() if box else unboxed(text)  # "": a box that is empty or never closed
+    return answer.strip(" \t\n*") or None
 
 
 # --- What is known: spellings, units, functions
@@ -1494,13 +1487,12 @@ def scan(text, words_only):
             tokens += re.split("(,)", joined) if depth else [joined.replace(",", "")]  # (1,234) is a pair
         elif kind == "word" and token not in SPELLINGS:
             # 5 apples, 5cm and 5 min end in words; 2lwh, 6abcd and 5min are products
-            is_factor = text[match.start() - 1:match.start()].isdigit()
             word = token.lower().replace(".", "") if len(token) > 1 else token
             is_product = token in ("in", "mi", "min") and not re.search(r"\d\s$", text[:match.start()][-2:])
-            is_word = words_only or unit_name(word) in UNITS and not is_product or prose and not is_factor
-            is_name = token.istitle() and not is_factor
+            is_prose = (prose or token.istitle()) and not text[match.start() - 1:match.start()].isdigit()
+            is_word = words_only or is_prose or unit_name(word) in UNITS and not is_product
             is_unit = words_only and token in UNITS
-            tokens += [f'"{word}"'] if is_unit or len(token) > 1 and (is_word or is_name) else token
+            tokens += [f'"{word}"'] if is_unit or len(token) > 1 and is_word else token
         elif kind != "dress":
             depth += token in ("(", "[", r"\{")
             tokens.append(SPELLINGS.get(token, token))
@@ -1686,7 +1678,7 @@ class Arithmetic:
             a, b = a.items, b.items  # x = 3, y = 4 and (3, 4)
         if Reals in (type(a), type(b)):
             a, b = self.reals(a), self.reals(b)
-        if type(a) is not type(b) or a is None:
+        if type(a) is not type(b):
             return False
         if type(a) is list:
             return self.equal(a, b)
@@ -1867,10 +1859,9 @@ class Reader(Arithmetic):
         if len(token) == 3 and token[0] == '"':  # a letter in \text
             token = token[1]
         if token[0] in '"#':
-            words = [token]
             while token[0] == self.next[0] == '"':
-                words.append(self.take())
-            return " ".join(unit_name(word.strip('"')) for word in words)
+                token += " " + self.take()
+            return " ".join(map(unit_name, token.replace('"', "").split()))
         if token in (r"\frac", r"\binom"):
             return self.call(token.replace(r"\frac", "/"), self.operand(), self.operand())
         if token == r"\sqrt":

@@ -1523,7 +1523,7 @@ def test_random_texts():
         % $ \\ & ° ½ \text{ \text{or} \begin{pmatrix} \end{pmatrix} \boxed{ #### <think> </think> answer is
         \in \pmod \mathbb{R} \approx \ne \setminus \mid : ; \dot \overline ' \text{million} k\in\mathbb{Z}
         x_1= (x,y)= \cis \choose !! \over _{16} A5 \exp \gcd \lfloor \rfloor |x|> \text{K} \Omega \equiv f(x)=
-        \angle \forall June ① \text{since}""".split()
+        \angle \forall June ① \text{since} \emptyset √""".split()
     for _ in range(2000):
         a, b = ("".join(rng.choices(parts, k=rng.randrange(1, 25))) for _ in range(2))
         assert grade(a, b)[0] in (0.0, 1.0) and score(a, b) in (0.0, 1.0)
