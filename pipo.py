@@ -1256,9 +1256,8 @@ def extract_answer(text: str, thinking: bool = False) -> str | None:
     end. Thoughts do not count, and `thinking` says that the prompt already opened one. There is no fallback:
     a truncated or empty last box, or bare numbers in prose, are no answer.
     """
-    start, *thoughts = ("<think>" * thinking + text).split("<think>")
-    ended = [part for part in thoughts if "</think>" in part]
-    text = "\n".join(part.rpartition("</think>")[2] for part in (start, *ended))
+    parts = ("</think>" + "<think>" * thinking + text).split("<think>")  # the first is no thought
+    text = "\n".join(part.rpartition("</think>")[2] for part in parts if "</think>" in part)
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
     box = BOX.match(text, last, last + 10 * MAX_TEXT)
     answer = (box[1] or box[2] or "").strip() if box else unboxed(text)  # "": a box that is empty or never closed
@@ -1291,11 +1290,10 @@ UNITS = table(r"""
     percentage; J joule; N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm;
     hz hertz; am; pm; / per; cup""")
 # What changes the number before it: by a known factor, or so that it is no longer an answer.
-WORTH = """half 1/2 halve 1/2 third 1/3 quarter 1/4 fourth 1/4 fifth 1/5 sixth 1/6 seventh 1/7 eighth 1/8
-    ninth 1/9 tenth 1/10 twelfth 1/12 hundredth 1e-2 thousandth 1e-3 millionth 1e-6 billionth 1e-9
-    trillionth 1e-12 dozen 12 hundred 1e2 thousand 1e3 lakh 1e5 million 1e6 crore 1e7 billion 1e9
-    trillion 1e12""".split()
-FACTORS = {word: Fraction(worth) for word, worth in zip(WORTH[::2], WORTH[1::2])}
+FACTORS = table("""1/2 half halve; 1/3 third; 1/4 quarter fourth; 1/5 fifth; 1/6 sixth; 1/7 seventh;
+    1/8 eighth; 1/9 ninth; 1/10 tenth; 1/12 twelfth; 1e-2 hundredth; 1e-3 thousandth; 1e-6 millionth;
+    1e-9 billionth; 1e-12 trillionth; 12/1 dozen; 1e2 hundred; 1e3 thousand; 1e5 lakh; 1e6 million; 1e7 crore;
+    1e9 billion; 1e12 trillion""")
 NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
 HEDGES = FACTORS.keys() | {number.replace("ty", "tie") + "th" for number in NUMBERS} | set(NUMBERS) | set("""
@@ -1322,7 +1320,6 @@ SIGNS = ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"})  # the two readings o
 # The signs of a - b: of x - low and x - high in an interval, of left - right in a relation.
 BRACKETS = {"()": ((1,), (-1,)), "(]": ((1,), (-1, 0)), "[)": ((0, 1), (-1,)), "[]": ((0, 1), (-1, 0))}
 RELATIONS = {"=": (0,), "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1)}
-SIDES = ("∈", "≈", *RELATIONS)
 SEPARATORS = (",", ";", "∨", "&")
 
 # --- From text to tokens
@@ -1502,9 +1499,8 @@ def scan(text, words_only):
 def tokenize(text, known=UNITS):
     """The tokens of an answer, without its dress; behind a number, a letter is a unit if it is not known."""
     require(len(text) <= MAX_TEXT, "too_big")
-    if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{" + NFKC(m[0]) + "}", text)  # x²
-        text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{" + NFKC(m[0]).replace("⁄", "}{") + "}", text)  # ½
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{" + NFKC(m[0]) + "}", text)  # x²
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{" + NFKC(m[0]).replace("⁄", "}{") + "}", text)  # ½
     if len(text) < 100 and CHOICES.fullmatch(text):
         return " , ".join(re.findall(r"[A-J](?![a-z])|[①-⑳]", text)).split()
     line = " ".join(scan(text, words_only=WORDS.fullmatch(text.strip("$ .")) is not None))
@@ -1764,10 +1760,8 @@ class Reader(Arithmetic):
         """a = b, a < b <= c, x ∈ S."""
         start, known = self.i, len(self.names)
         sides, ops = [self.expression()], []
-        if self.next not in SIDES:
-            return sides[0]
         label = re.fullmatch(LABEL, " ".join(self.tokens[start:self.i]))
-        while op := self.accept(*SIDES):
+        while op := self.accept("∈", "≈", *RELATIONS):
             side = self.expression()
             if op == "≈":  # what follows 1/3 ≈ is no part of the answer
                 a, b = (x.value if type(x) is Measured else x for x in (sides[-1], side))
@@ -1810,7 +1804,7 @@ class Reader(Arithmetic):
         """A node with its trailing words: only a unit among them is kept."""
         self.take(len(words))
         while words and unit_name(words[0]) in FACTORS:  # 2 million
-            node = self.call("*", node, [FACTORS[unit_name(words.pop(0))]])
+            node = self.call("*", node, [Fraction(FACTORS[unit_name(words.pop(0))])])
         require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)
         parts = [UNITS.get(unit_name(word), "" if word.isalpha() else word) for word in words]
         name = "".join(parts[:parts.index("")] if "" in parts else parts)

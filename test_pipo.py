@@ -1214,6 +1214,9 @@ notation: {10\choose 3} = 120 | 7!! = 105 | 0.\dot{3} = \frac13 | 0.\dot1\dot2 =
     | 45^\circ30' = 45.5^\circ | 2\operatorname{cis}60^\circ = 1+\sqrt3i | 1001_{\text{two}} = 1001_2
     | A5_{16} = a5_{16} | {-}7 = -7 | 11{:}00 = 11:00 | 3 x 10^8 = 3e8 | \sqrt2\approx1.41 = \sqrt2
     | x\approx3.2 = 3.2
+seldom met: \sin^2x+\cos^2x = 1 | \sin(x)^2 = (\sin x)^2 | \sin(x)y = y\sin x | \ln(x/y) = \ln x-\ln y
+    | 1, 2, and 3 = 1,2,3 | A=(1,2), B=(3,4) = B=(3,4), A=(1,2) | x² = x^2 | \cot x = 1/\tan x
+    | \operatorname{lcm}(4,6) = 12
 """
 UNEQUAL = r"""
 near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979
@@ -1273,6 +1276,7 @@ more words: \text{a parabola} = \text{an ellipse} | \text{No solutions} = \text{
 more notation: {10\choose 3} = {10\choose 4} | 7!! = 5040 | 0.\dot{3} = 0.3 | 45^\circ30' = 45.3^\circ
     | 1001_{\text{two}} = 1001 | A5_{16} = A6_{16} | 11{:}00 = 11 | 3 x 10^8 = 3 | {-}7 = 7
     | \operatorname{cis}60^\circ = \operatorname{cis}30^\circ
+seldom met: (1,2) = (1,2,3) | \sqrt{-4} = -2 | [3,\infty) = [3,5] | 2 3 = 6
 """
 
 
