@@ -2198,8 +2198,9 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
     if not torch.allclose(plain, logits, atol=1e-3, equal_nan=True):
         raise UserError(f"{path} changes its logits behind the output layer (cap or scale): not supported")
     if lora:
-        from peft import LoraConfig
-        model.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
+        with explained_as("--lora does not go with the peft that is installed"):
+            from peft import LoraConfig
+            model.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
         for weight in trained_weights(model).values():
             weight.data = weight.data.float()
     return model
