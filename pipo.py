@@ -20,7 +20,7 @@ So a batch after which the reward rose gets a second step the same way, and one 
 step back (times lam). mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}.
 Both steps share one optimizer; each ratio is against the policy that sampled its batch. There is no verification
 step while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and
-where no group of B_{t-1} is mixed. Its settings and metrics begin with `pi_`, for policy improvement.
+where no group of B_{t-1} is mixed. Settings and metrics named `pi_` are of this step (policy improvement).
 
     python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, in minutes
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU

@@ -2861,7 +2861,11 @@ def test_values_beyond_reason_get_one_sentence(folder, tmp_path, capsys, flags, 
     good = ["--model", str(folder / "model"), "--dataset", str(folder / "train.jsonl"), "--out", str(tmp_path / "run")]
     code, said = pipo.main([*good, *flags]), capsys.readouterr().err.strip()
     assert code == 2 and sentence in said and said.count("\n") == 0
-    pipo.validate(Config(model="m", system="few-shot examples " * 200))  # a text, not a name: refused as too long
+
+
+def test_a_long_system_message_is_no_name():
+    """Few-shot examples in --system were refused as no text that could name something."""
+    pipo.validate(Config(model="m", system="few-shot examples " * 200))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -85,33 +85,33 @@ MIXED = {
     "constant": ARMS["constant"],
     "oracle": ORACLES["oracle"],
 }
-# condition -> common settings, arms (the first is what the others are held against), seeds
+# condition -> common settings, arms (the first is what the others are held against)
 CONDITIONS = {
-    "sweep": ({}, {f"lr{lr:g}": dict(feedback="none", lr=lr) for lr in SWEEP}, range(SWEEP_SEEDS)),
-    "safe": (dict(lr=SAFE_LR), ARMS | ORACLES | KNOBS, range(SEEDS)),
-    "again": (dict(lr=SAFE_LR), {arm: ARMS[arm] for arm in ("grpo", "pipo", "constant", "shuffled", "grpo-2")},
-              range(SEEDS, 2 * SEEDS)),
-    "probe": (dict(lr=SAFE_LR, eval_every=1, prompts_per_step=32), {"pipo": ARMS["pipo"]}, range(SEEDS)),
-    "noisy": (dict(lr=SAFE_LR, reward_noise=0.1), ARMS, range(SEEDS)),
-    "edge": (dict(lr=EDGE_LR), ARMS | ORACLES, range(SEEDS)),
+    "sweep": ({}, {f"lr{lr:g}": dict(feedback="none", lr=lr) for lr in SWEEP}),
+    "safe": (dict(lr=SAFE_LR), ARMS | ORACLES | KNOBS),
+    "again": (dict(lr=SAFE_LR), {arm: ARMS[arm] for arm in ("grpo", "pipo", "constant", "shuffled", "grpo-2")}),
+    "probe": (dict(lr=SAFE_LR, eval_every=1, prompts_per_step=32), {"pipo": ARMS["pipo"]}),
+    "noisy": (dict(lr=SAFE_LR, reward_noise=0.1), ARMS),
+    "edge": (dict(lr=EDGE_LR), ARMS | ORACLES),
     "gspo": (dict(lr=SAFE_LR, base="gspo"),
-             {"gspo": ARMS["grpo"], "pipo": ARMS["pipo"], "constant": ARMS["constant"]}, range(SEEDS)),
-    "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED, range(SEEDS)),
-    "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED, range(SEEDS)),
-    "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED, range(SEEDS)),
+             {"gspo": ARMS["grpo"], "pipo": ARMS["pipo"], "constant": ARMS["constant"]}),
+    "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED),
+    "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED),
+    "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED),
 }
+OTHER_SEEDS = {"sweep": range(SWEEP_SEEDS), "again": range(SEEDS, 2 * SEEDS)}  # all others have range(SEEDS)
 
 
 def wanted(args) -> list[dict]:
     """The jobs in the order in which they are worth having: by condition, then by seed, then by arm."""
     jobs = []
     for condition in args.only:
-        common, arms, seeds = CONDITIONS[condition]
+        common, arms = CONDITIONS[condition]
         steps = round(args.steps * (PROBE_LENGTH if condition == "probe" else 1))
         settings = dict(base="grpo", steps=steps, prompts_per_step=16, window=WINDOW, eval_every=10) | common
         jobs += [dict(condition=condition, arm=arm, seed=seed, settings=settings | own)
-                 for seed in seeds[:args.seeds] for arm, own in arms.items()
-                 if not args.arms or arm in args.arms.split(",")]
+                 for seed in OTHER_SEEDS.get(condition, range(SEEDS))[:args.seeds]
+                 for arm, own in arms.items() if not args.arms or arm in args.arms]
     return jobs
 
 
@@ -664,17 +664,17 @@ def noise(runs: list[dict], phase: str) -> dict[str, float]:
             "share that is the last step's change of J": real / square["numerator"]}
 
 
-def xi_report(into: Path) -> dict:
+def xi_report(packs: dict[str, list[dict]]) -> dict:
     """Agreement and noise in the probe, by phase; and, coarser, in all PIPO runs evaluated every 10 steps."""
     def pairs(runs, phase, target, every=1):
         return [(series(run, "xi")[rows], true_change(run, target, every)[rows])
                 for run in runs for rows in [phase_rows(run, phase)]]
 
-    probe = [run for run in read_pack(into, "probe") if run["rows"] > WINDOW + 3]
+    probe = [run for run in packs["probe"] if run["rows"] > WINDOW + 3]
     report = {phase: {"noise": noise(probe, phase)} | {x: agreement(pairs(probe, phase, x)) for x in TARGETS}
               for phase in (PHASES if probe else ())}
     looking_back = {"feedback": "pipo", "eval_every": 10, "window": WINDOW}
-    others = [run for condition in CONDITIONS if condition != "probe" for run in read_pack(into, condition)
+    others = [run for condition, runs in packs.items() if condition != "probe" for run in runs
               if looking_back.items() <= run["settings"].items() and run["rows"] > 20
               and not {*VARIANTS, "xi_clip"} & run["settings"].keys()]
     if others:
@@ -939,10 +939,9 @@ def table(args) -> None:
     results = {}
     text = ["# Results\n\nMade by `python assets/experiment.py table`. ± is half a 95 % t-interval over "
             "seeds; differences are paired by seed."]
-    packs = {condition: read_pack(args.into, condition) for condition in args.only}
-    for condition, runs in packs.items():
-        if not runs:
-            continue
+    packs = {condition: read_pack(args.into, condition) for condition in CONDITIONS}
+    for condition in (c for c in args.only if packs[c]):
+        runs = packs[condition]
         found = results[condition] = compare(runs)
         common = {k: v for k, v in runs[0]["settings"].items()
                   if all(run["settings"].get(k) == v for run in runs)}
@@ -955,7 +954,7 @@ def table(args) -> None:
             names = [n for n in MEASURES if n not in ("best", "length")]
             text += [markdown(["difference", "seeds", *(MEASURES[n].replace("%", "points") for n in names)],
                               [[pair, *line(x, names, "+")] for pair, x in found["differences"].items()])]
-    report = results["xi"] = xi_report(args.into)
+    report = results["xi"] = xi_report(packs)
     columns = ["correlation with ξ_t", "same sign", "by chance", "points"]
     if "whole" in report:
         known = [[TARGETS[x], phase, *xi_line(report[phase][x])] for x in TARGETS for phase in PHASES]
@@ -1304,9 +1303,11 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=HERE,
                         help="another folder than assets/, its runs in its runs/")
     args = parser.parse_args()
-    args.only = args.only.split(",")
-    if unknown := [condition for condition in args.only if condition not in CONDITIONS]:
-        parser.error(f"--only: there is no condition {', '.join(unknown)}, but {', '.join(CONDITIONS)}")
+    args.only, args.arms = args.only.split(","), args.arms.split(",") if args.arms else []
+    known = {"only": [*CONDITIONS], "arms": [*dict.fromkeys(arm for _, arms in CONDITIONS.values() for arm in arms)]}
+    for name, names in known.items():
+        if unknown := [given for given in getattr(args, name) if given not in names]:
+            parser.error(f"--{name}: there is no {', '.join(unknown)}, but {', '.join(names)}")
     if (args.command == "plot") != bool(args.folders):
         parser.error("plot, and nothing else, takes the folders of runs")
     args.runs = HERE.parent / "runs" / "experiment" if args.into == HERE else args.into / "runs"

@@ -169,22 +169,21 @@ def scores_of(runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def table(runs: dict[str, list[dict]]) -> str:
     """A row an arm: pass@1 at the evaluations with its standard error over problems (over seeds), and the rest."""
+    steps = experiment.curve(next(iter(runs.values()))[0])[0].astype(int)
     every, rows = SETTINGS["eval_every"], []
-    last = max(run["settings"]["steps"] for some in runs.values() for run in some)
     for arm, some in runs.items():
         scores, errors = scores_of(some)
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(scores.mean(0), errors)]
         if len(some) > 1:
             spread = scores.std(0, ddof=1) / len(some)**0.5
             cells = [f"{cell} ({over:.1f})" for cell, over in zip(cells, spread)]
-        cells += ["–"] * (last // every + 1 - len(cells))
         mu = 100 * np.mean([series(run, "mu")[1:] for run in some], 0)  # (steps,)
         rewards = ", ".join(f"{mu[k:k + every].mean():.0f}" for k in range(0, len(mu), every))
         length = np.mean([series(run, "completion_length")[-5:] for run in some])
         seconds = np.mean([experiment.curve(run)[1][-1] / run["settings"]["steps"] for run in some])
         rows.append([LABELS[arm][0], len(some), *cells, rewards, f"{length:.1f}", f"{seconds:.0f}"])
     return experiment.markdown(
-        ["arm", "seeds", *(f"pass@1 (%) at {step}" for step in range(0, last + 1, every)),
+        ["arm", "seeds", *(f"pass@1 (%) at {step}" for step in steps),
          f"reward in training (%), by {every}", "final tokens", "CPU seconds a step"], rows)
 
 
