@@ -4,7 +4,7 @@
     python assets/bench.py                  # everything: about 15 minutes -> a table, and runs/bench.json
     python assets/bench.py --only short     # one part: memory, short or long
     python assets/bench.py --gpu            # 4B, random, on a GPU -> runs/bench-gpu.json (--tiny: on the CPU)
-    python assets/bench.py --costs          # what an iteration of 4B should take, calculated
+    python assets/bench.py --costs          # what 4B should take: memory, and an iteration's time, calculated
     python assets/bench.py --help
 
 Both sides run in this process, on one thread, in fp32, from the same weights, with the same prompts, rewards
@@ -32,8 +32,9 @@ runs/bench.json has the same form; measuring again on the same processor replace
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from the hub
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here comes from the hub
 
 import argparse
 import json
@@ -47,7 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -407,9 +408,29 @@ def random_model(limit: int, cfg, device, attention="shared_heads", **sizes):
     return model.eval()
 
 
+def bench_waves(report, tokenizer, prompts, cfg, device, waves, **sizes) -> None:
+    """Tokens a second of pipo.sample and of generate, that many rows at a time."""
+    both = [random_model(cfg.max_new_tokens, cfg, device, how, **sizes) for how in ("shared_heads", "sdpa")]
+    room = pipo.cache_room(pipo.Run(both[0], tokenizer, None, None), cfg)
+    for rows in waves:
+        fits = room // rows // 2 - len(prompts[0])  # generate's cache is there twice
+        new = max(8, min(cfg.max_new_tokens // 8, fits))
+        for model in both:
+            model.generation_config.eos_token_id = bench_config(new, **sizes).eos_token_id
+        try:
+            seconds, lengths = bench_sampling(*both, tokenizer, prompts[:rows // GROUP], new, 2,
+                                              time.perf_counter, room)
+            ours, theirs = (rows * length / s for length, s in zip(lengths, seconds))
+            report.add(f"gpu_tokens_{rows}", f"tokens a second, {rows} rows, up to {new} tokens",
+                       {"ours": ours, "theirs": theirs}, ours / theirs, lengths)
+        except torch.OutOfMemoryError as error:
+            print(f"{rows} rows: {str(error).splitlines()[0]}")
+        torch.cuda.empty_cache()  # behind the except block, which holds the tensors of what failed
+
+
 def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 256, 1024), **sizes) -> None:
     """A random Qwen3-4B on a GPU: speed against generate, iterations of `count` prompts x GROUP by phase,
-    the plan against what they took, how far sampler and trainer are apart, a save and a resume.
+    what was calculated against what they took, how far sampler and trainer are apart, a save and a resume.
 
     `waves`: how many rows are sampled at a time; `sizes`: of another model.
     """
@@ -418,39 +439,33 @@ def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 25
     prompts = [[100 + i] * 128 for i in range(most)]
     tokenizer = character_tokenizer()
     cfg = pipo.Config(prompts_per_step=count, group_size=GROUP, max_new_tokens=limit, max_prompt_tokens=128,
-                      temperature=1.0, save_every=0, lr=LR, device=device.type)
-    with torch.device("meta"):
-        shapes = Qwen3ForCausalLM(bench_config(limit, **sizes))
-    cfg, table = pipo.plan_memory(shapes, cfg, device, folder)
-    print(table)
+                      temperature=1.0, lr=LR, device=device.type)
+    bench_config(limit, **sizes).save_pretrained(folder / "shapes")
+    cfg = pipo.fit_memory(cfg, str(folder / "shapes"), device)
     if device.type == "cuda":
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
         name = torch.cuda.get_device_name(device)
         report.add("gpu_card", f"{name}: GiB, free", {"GiB": total, "free": free}, None)
-    planned = {phase: float(n) for phase, n in re.findall(r"(training|sampling),.* ([\d.]+) GiB", table)}
-
-    for rows in waves:
-        new = max(8, min(limit // 8, cfg.cache_tokens // rows // 2))  # generate's cache is there twice
-        both = [random_model(new, cfg, device, how, **sizes) for how in ("shared_heads", "sdpa")]
-        try:
-            seconds, lengths = bench_sampling(*both, tokenizer, prompts[:rows // GROUP], new, 2,
-                                              time.perf_counter, cfg.cache_tokens)
-            ours, theirs = (rows * length / s for length, s in zip(lengths, seconds))
-            report.add(f"gpu_tokens_{rows}", f"tokens a second, {rows} rows, up to {new} tokens",
-                       {"ours": ours, "theirs": theirs}, ours / theirs, lengths)
-        except torch.OutOfMemoryError as error:
-            print(f"{rows} rows: {str(error).splitlines()[0]}")
-        del both
-        torch.cuda.empty_cache()
+    bench_waves(report, tokenizer, prompts, cfg, device, waves, **sizes)
+    free = pipo.free_memory(device)
 
     model = random_model(limit, cfg, device, **sizes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = (torch.arange(count * GROUP, device=device) % 3 == 0).float().view(-1, GROUP)
     ours = TimedPIPO(model, tokenizer, prompts[:count], rewards, cfg, time.perf_counter)
+    room = pipo.cache_room(pipo.Run(model, tokenizer, ours.optimizer, None), cfg)
+    with torch.device("meta"):
+        shapes = Qwen3ForCausalLM(bench_config(limit, **sizes))
+    fits = memory_plan(shapes, cfg, device.type, free).tokens
+    cfg = ours.cfg = replace(cfg, cache_tokens=room)
+    plan = memory_plan(shapes, cfg, device.type, free)
     first = pipo.sample(model, tokenizer, ours.prompts, GROUP, limit, generator=pipo.rng(device, 0),
-                        cache_tokens=cfg.cache_tokens)
-    every, advantages = torch.arange(count * GROUP), pipo.group_advantages(rewards).flatten()
-    again = pipo.trainer_logprobs(model, first, every, cfg)
+                        cache_tokens=room)
+    report.add("gpu_cache", "tokens of cache: taken, calculated", {"taken": room, "fits": fits}, None)
+    report.add("gpu_out_of_memory", "how often sampling ran out of memory",
+               {"times": first.out_of_memory}, None)
+    advantages = pipo.group_advantages(rewards).flatten()
+    again = pipo.trainer_logprobs(model, first, cfg)
     for base in ("grpo", "gspo"):  # before any update, against the sampler: 0 but for rounding
         means = pipo.policy_loss(again, first.behavior_logprobs, advantages, first.mask, pipo.BASES[base])[1]
         report.add(f"gpu_step1_{base}", f"{base}, step 1: gap, share clipped",
@@ -461,17 +476,17 @@ def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 25
     ours.step()
     ours.step()
     for i, phase in enumerate(("sampling", "verification", "exploration")):
-        plan = planned["sampling" if phase == "sampling" else "training"]
-        gb = {"planned": plan, "measured": ours.peaks[phase]}
+        planned = plan.gib["sampling" if phase == "sampling" else "training"]
+        gb = {"planned": planned, "measured": ours.peaks[phase]}
         report.add(f"gpu_seconds_{phase}", f"{count} x {GROUP}: seconds of {phase}", {"ours": ours.median(i)},
                    None, ours.lengths[1:])
         report.add(f"gpu_memory_{phase}", f"{count} x {GROUP}: GiB planned, measured", gb,
-                   plan and ours.peaks[phase] / plan)
+                   ours.peaks[phase] / planned)
     bench_resume(report, folder / "run", ours)
 
 
 def bench_resume(report, out: Path, ours: TimedPIPO) -> None:
-    """Seconds of saving a run, of reading its checkpoint (with checksums), and of going on from it."""
+    """Seconds of saving a run, of opening its checkpoint, and of going on from it."""
     size = 13 * sum(weight.numel() for weight in ours.model.parameters())
     if shutil.disk_usage(out.parent).free < 2 * size:
         print(f"no save: {size / 2**30:.0f} GiB would be written below {out.parent}")
@@ -483,26 +498,129 @@ def bench_resume(report, out: Path, ours: TimedPIPO) -> None:
     for name in pipo.LOGS:
         (out / name).touch()
     clock = [time.perf_counter()]
-    pipo.save_checkpoint(run, asdict(ours.cfg), ours.cfg, out)
+    saved = pipo.save_checkpoint(run, [], ours.cfg, out, saved=0)
     clock.append(time.perf_counter())
     state = pipo.open_run(replace(ours.cfg, resume=True), out)
     clock.append(time.perf_counter())
     before = run.model.get_input_embeddings().weight[:1].clone()
-    pipo.load_checkpoint(run, state, out)
+    pipo.load_checkpoint(run, state, [], out)
     clock.append(time.perf_counter())
-    assert torch.equal(before, run.model.get_input_embeddings().weight[:1])
-    save, read, load = (after - start for start, after in zip(clock, clock[1:]))
+    assert saved == 2 and torch.equal(before, run.model.get_input_embeddings().weight[:1])
+    save, opened, load = (after - start for start, after in zip(clock, clock[1:]))
     report.add("gpu_save", "seconds of a save", {"ours": save}, None)
-    report.add("gpu_resume", "seconds of a resume: reading, loading", {"read": read, "load": load}, None)
+    report.add("gpu_resume", "seconds of a resume: opening, loading", {"read": opened, "load": load}, None)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What 4B should cost, calculated
+# What memory a run should take, calculated. (pipo.py measures what is free instead: fit_memory, cache_room.)
 # ------------------------------------------------------------------------------------------------------------
 
-# bf16 FLOP/s and bytes/s at best (makers' figures, dense), and the room of the cache that plan_memory leaves
-CARDS = {"A100 80GB": (312e12, 2.0e12, 420_000, 0), "H100 SXM": (989e12, 3.35e12, 420_000, 0),
-         "RTX 4090, `--lora 16`": (165e12, 1.0e12, 61_000, 16)}
+MEMORY_SHARE = 15 / 16  # of a card that is planned for
+
+
+class Plan(NamedTuple):
+    """What a run should take."""
+    gib: dict[str, float]  # by what it is for
+    tokens: int  # in the cache
+    taken: int  # by pipo.cache_room on such a card
+
+
+def pass_sizes(shapes, cfg: pipo.Config, here: str, size: int) -> tuple[int, int, int, int]:
+    """Bytes that a token leaves in the cache, layers there, bytes of a training pass, and of a sampling one.
+
+    Without weights, gradients and cache. `size` is that of a number; `here` is "cpu" or "cuda".
+    """
+    one_token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    with torch.no_grad():  # what it leaves in the cache
+        layers = shapes(one_token, use_cache=True)[pipo.cache_name(shapes)].layers
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) * size
+    c, gpu, lora = shapes.config, here == "cuda", cfg.lora > 0
+    H, V, inner = c.hidden_size, c.vocab_size, c.intermediate_size
+    # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
+    layer = (3 * inner + 22 * H) * size
+    # A GPU keeps what goes into each layer (and 6 as wide behind them), and computes a layer again when its
+    # turn comes: with 4 gradients as wide as its gate. Adapters are given fp32 copies.
+    held = (len(layers) + 6) * H * size if gpu else len(layers) * layer
+    again = layer + 4 * inner * size + lora * (2 * inner + 24 * H) if gpu else 0
+    # The head's gradient is summed in fp32 over the chunks; besides, one at a time: a layer, a chunk's logits
+    # (3 fp32 copies), a chunk's gradient of the head (as computed, and in fp32).
+    tokens = max(cfg.microbatch_tokens, cfg.max_prompt_tokens + cfg.max_new_tokens)  # a row is never split
+    head = 0 if lora else V * H
+    training = tokens * held + head * 4
+    training += max(tokens * again, pipo.LOGITS_CHUNK[here] * V * 12, head * (size + 4))
+    # Besides the cache, one at a time: the next token's probabilities (logits twice, 2 fp32 copies, 2 fp64;
+    # top-p: a sort too), a layer that reads 16,384 tokens.
+    drawing = cfg.prompts_per_step * cfg.group_size * V * (48 if cfg.top_p < 1 else 32)
+    sampling = max(drawing, 16384 * ((3 * inner + 5 * H) * size + lora * 8 * inner))
+    return cached, len(layers), training, sampling
+
+
+def memory_plan(shapes, cfg: pipo.Config, here: str, free: float) -> Plan:
+    """What a run takes where `free` bytes are, in the cache as many tokens as there is room for.
+
+    `shapes` is the model on the meta device; cfg says dtype and optimizer_device, and can say cache_tokens.
+    Held against a simulation in test_memory_plan.py.
+    """
+    size, parameters = getattr(torch, cfg.dtype).itemsize, shapes.num_parameters()
+    weights, trained, is_here = parameters * size, parameters, cfg.optimizer_device == here
+    if cfg.lora:
+        linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
+        trained = cfg.lora * sum(m.in_features + m.out_features for m in linear)
+        weights += trained * 4
+    is_plain = is_here and (cfg.lora or size == 4)
+    adam = trained * (8 if is_plain else 12)  # two moments, and fp32 weights
+    if not is_here and not cfg.lora:  # in passing, the largest weight's gradient and its rounded copy
+        adam += max(weight.numel() for weight in shapes.parameters()) * (4 + size)
+    models = 2 if cfg.kl_coef and not cfg.lora else 1
+    always = weights * models + (adam if is_here else 0)
+
+    cached, n_layers, training, beside = pass_sizes(shapes, cfg, here, size)
+    most = cfg.prompts_per_step * cfg.group_size * (cfg.max_prompt_tokens + cfg.max_new_tokens)
+    left = max(0, free * MEMORY_SHARE - always)
+    room = min(left - beside, left * n_layers / (n_layers + 1)) / cached  # a layer moves at a time
+    tokens = cfg.cache_tokens or int(min(max(0, room), most))
+    taken = min(most, max(0, pipo.CACHE_SHARE * (free - always) / cached))
+    sampling = tokens * cached + max(beside, tokens * cached / n_layers)
+    kept = 2 * trained * 12 + weights  # the old checkpoint and the new: fp32 weights and moments
+    needs = {"weights": weights, "AdamW": adam, "training": always + trained * 4 + training,
+             "sampling": always + sampling, "disk": kept}
+    return Plan({what: n / 2**30 for what, n in needs.items()}, tokens, int(taken))
+
+
+# A card's free bytes, and settings: the README's table
+PLANS = {"80 GB": (80e9, {}), "48 GB": (48e9, {}), "24 GB": (24e9, dict(lora=16)),
+         "24 GB, smaller": (24e9, dict(lora=16, prompts_per_step=32, max_new_tokens=2048))}
+
+
+def qwen3_4b(sizes: dict):
+    """The shapes of Qwen3-4B, or of another size."""
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(bench_config(4096, **(sizes or QWEN3_4B)))
+
+
+def plans(**sizes) -> dict[str, Plan]:
+    """Print what 4B takes on some cards, AdamW in host memory but with LoRA: calculated, never measured."""
+    shapes, found = qwen3_4b(sizes), {}
+    print("|card|GiB: weights|AdamW|training|sampling|disk|cache fits: tokens, full rows|taken|")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (free, settings) in PLANS.items():
+        where = "cuda" if "lora" in settings else "cpu"
+        cfg = pipo.Config(dtype="bfloat16", optimizer_device=where, **settings)
+        plan = found[name] = memory_plan(shapes, cfg, "cuda", free)
+        flags = " ".join(f"`{pipo.flag(setting)} {value}`" for setting, value in settings.items())
+        full = plan.tokens // (cfg.max_prompt_tokens + cfg.max_new_tokens)
+        gib = "|".join(f"{n:.1f}" for n in plan.gib.values())
+        print(f"|{name} {flags}|{gib}|{plan.tokens:,}, {full}|{plan.taken:,}|")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What an iteration of 4B should cost, calculated
+# ------------------------------------------------------------------------------------------------------------
+
+# bf16 FLOP/s and bytes/s at best (makers' figures, dense), and whose memory plan it has
+CARDS = {"A100 80GB": (312e12, 2.0e12, "80 GB"), "H100 SXM": (989e12, 3.35e12, "80 GB"),
+         "RTX 4090, `--lora 16`": (165e12, 1.0e12, "24 GB")}
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6  # assumed
 
 
@@ -512,13 +630,13 @@ def flops(length: int, trains: bool, lora: int = 0, **sizes) -> int:
     `trains`: with layers and logits computed again in the backward pass. Attention is counted in full, though
     causal kernels need half of it.
     """
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(bench_config(4096, **(sizes or QWEN3_4B))).requires_grad_(not lora)
-        ids = torch.zeros(1, length, dtype=torch.long)
+    model = qwen3_4b(sizes).requires_grad_(not lora)
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
         from peft import LoraConfig
-        model.add_adapter(LoraConfig(r=lora, target_modules="all-linear"))
+        with torch.device("meta"):
+            model.add_adapter(LoraConfig(r=lora, target_modules="all-linear"))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trains):
         hidden = model.train().base_model(ids, attention_mask={"full_attention": None}, use_cache=False)[0]
         sums = checkpoint(lambda h: model.lm_head(h).logsumexp(-1), hidden, use_reentrant=False)
@@ -547,7 +665,7 @@ def schedule(lengths: list[int], prompt: int, room: int, chunk: int = 128):
 
 
 def costs(prompts: int = 128, prompt: int = 128, limit: int = 4096, mean: int = 1536, **sizes) -> list[dict]:
-    """Print what an iteration costs on some cards: calculated, never measured.
+    """Print what a run takes and an iteration costs on some cards: calculated, never measured.
 
     `prompts` x GROUP completions, geometric with this `mean` once cut off at `limit`.
     """
@@ -556,9 +674,8 @@ def costs(prompts: int = 128, prompt: int = 128, limit: int = 4096, mean: int = 
         scale = mean / (1 - math.exp(-limit / scale))
     draw = random.Random(0)
     lengths = [min(limit, 1 + int(draw.expovariate(1 / scale))) for _ in range(prompts * GROUP)]
-    with torch.device("meta"):
-        config = bench_config(limit, **(sizes or QWEN3_4B))
-        weights = 2 * sum(p.numel() for p in Qwen3ForCausalLM(config).parameters())
+    shapes, planned = qwen3_4b(sizes), plans(**sizes)
+    config, weights = shapes.config, 2 * shapes.num_parameters()
     cached = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes a token
 
     def fitted(*how):  # a sequence costs a * S + b * S^2: two lengths tell both
@@ -567,10 +684,11 @@ def costs(prompts: int = 128, prompt: int = 128, limit: int = 4096, mean: int = 
         return one / 512 - 512 * b, b
 
     rows, (a, b) = [], fitted(False)
-    print("|card|sampling|verification|exploration|PFLOP: sampling, each step|TB read|")
-    print("|---|---|---|---|---|---|")
-    for name, (peak, bandwidth, room, lora) in CARDS.items():
+    print("\n|card|sampling|verification|exploration|hours for 261|PFLOP: sampling, each step|TB read|")
+    print("|---|---|---|---|---|---|---|")
+    for name, (peak, bandwidth, memory) in CARDS.items():
         peak, bandwidth = peak * OF_PEAK, bandwidth * OF_BANDWIDTH
+        room, lora = planned[memory].tokens // 1000 * 1000, PLANS[memory][1].get("lora", 0)
         sampled = read = seconds = steps = 0
         for n, columns in schedule(lengths, prompt, room):
             arithmetic = n * (a + b * columns)  # one token in each of n rows; or n tokens read in
@@ -582,7 +700,8 @@ def costs(prompts: int = 128, prompt: int = 128, limit: int = 4096, mean: int = 
         rows.append({"card": name, "sampling": seconds, "step": step / peak, "sampling_flops": sampled,
                      "step_flops": step, "read": read, "decoding_steps": steps})
         print(f"|{name}|{seconds / 60:.1f} min|{step / peak / 60:.1f} min|{step / peak / 60:.1f} min|"
-              f"{sampled / 1e15:.0f}, {step / 1e15:.0f}|{read / 1e12:.0f}|")
+              f"{261 * (seconds + 2 * step / peak) / 3600:.0f}|{sampled / 1e15:.0f}, {step / 1e15:.0f}|"
+              f"{read / 1e12:.0f}|")
     drawn = sum(lengths) / len(lengths)
     print(f"{prompts} x {GROUP} completions of {drawn:.0f} tokens on average, prompts of {prompt}; "
           f"{OF_PEAK:.0%} of peak, {OF_BANDWIDTH:.0%} of bandwidth")
@@ -606,7 +725,7 @@ def main(arguments: list[str] | None = None) -> None:
         ", ".join(f"{size.turns} {name}" for name, size in SIZES.items())))
     parser.add_argument("--gpu", action="store_true", help="instead: a random Qwen3-4B on a GPU")
     parser.add_argument("--tiny", action="store_true", help="with --gpu: a tiny model on the CPU")
-    parser.add_argument("--costs", action="store_true", help="instead: what an iteration of 4B should cost")
+    parser.add_argument("--costs", action="store_true", help="instead: what 4B should take")
     parser.add_argument("--out", type=Path, help="default: runs/bench.json, with --gpu runs/bench-gpu.json")
     args = parser.parse_args(arguments)
     out = args.out or ROOT / "runs" / ("bench-gpu.json" if args.gpu else "bench.json")

@@ -5,6 +5,7 @@ must catch.
     python assets/mutants.py                        # all of them, a few minutes; exit code 1 if one survived
     python assets/mutants.py --only phi-without-lambda --only one-eos
     python assets/mutants.py --list
+    python assets/mutants.py --check                # only whether all of them can be planted, in a second
 
 A fault is a text that stands in pipo.py exactly once and what it becomes. `tests` is a -k expression of
 pytest, the tests that are tried first; a fault that they let pass is tried on all tests before it counts as
@@ -12,6 +13,7 @@ survived.
 """
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -58,22 +60,27 @@ FAULTS = [
           "softmax or training_logprobs"),
     Fault("no-temperature-in-training", "head(h).float() / temperature", "head(h).float()",
           "softmax or training_logprobs"),
-    Fault("denominators-per-micro-batch", "objective, ref_logprobs, n_sequences, n_tokens)",
-          "objective, ref_logprobs)", "splitting"),
-    Fault("dropped-rows-not-in-denominators", "n_sequences, n_tokens = len(rows), batch.mask[rows].sum()",
-          "n_sequences, n_tokens = int((coefficients[rows] != 0).sum()), "
-          "batch.mask[rows[coefficients[rows] != 0]].sum()", "splitting or plain_grpo"),
-    Fault("ratio-against-the-policy-of-now", "batch.behavior_logprobs[part, :width]",
-          "token_logprobs(model, *asked).detach()", "splitting or epoch"),
+    Fault("denominators-per-micro-batch", "mask, objective, ref_logprobs, n_sequences, n_tokens)",
+          "mask, objective, ref_logprobs)", "splitting"),
+    Fault("dropped-rows-not-in-denominators", "whole = len(minibatch), batch.mask[minibatch].sum()",
+          "whole = len(rows), batch.mask[rows].sum()", "splitting or plain_grpo"),
+    Fault("ratio-against-the-policy-of-now", "batch.behavior_logprobs[part, :width]", "logprobs.detach()",
+          "splitting or epoch"),
     Fault("a-step-without-signal", "        if len(rows) == 0:\n", """\
         if len(rows) == 0:
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()
 """, "signal"),
-    Fault("a-step-on-numbers-that-are-not-finite", "if not math.isfinite(norm + loss_sum):", "if False:", "finite"),
-
+    Fault("a-step-on-numbers-that-are-not-finite", "if not math.isfinite(norm + loss_sum):", "if False:",
+          "finite"),
     Fault("lr-never-set", 'group["lr"] = lr', "pass", "learning_rate"),
+    Fault("gradient-of-the-failed-attempt-kept", "        model.zero_grad()  # behind",
+          "        pass  # behind", "memory"),
+    Fault("as-many-tokens-after-running-out", "        microbatch_tokens //= 2\n",
+          "        parts = microbatches(rows, batch.lengths(), microbatch_tokens // 2)\n"
+          "        return [backward(model, batch, part, *given) for part in parts], microbatch_tokens\n",
+          "memory"),
 
     # One iteration
     Fault("pushed-twice-and-before-it-is-read", "    feedback = run.tracker.feedback(mu)\n",
@@ -81,24 +88,28 @@ FAULTS = [
     Fault("never-pushed", "    run.tracker.push(mu)\n", "", "start_here or window"),
     Fault("mu-of-mixed-groups-only", "mu = batch.rewards.mean(dtype=torch.float64).item()",
           "mu = batch.rewards[batch.rewards.std(1) > 0].mean(dtype=torch.float64).item()", "start_here"),
-    Fault("every-base-divides-by-the-std", "group_advantages(batch.rewards, BASES[cfg.base].normalize_std)",
+    Fault("every-base-divides-by-the-std", "group_advantages(batch.rewards, objective.normalize_std)",
           "group_advantages(batch.rewards, True)", "objective"),
-    Fault("kl-in-the-verification-step", "lr=cfg.pi_lr or cfg.lr)",
-          "lr=cfg.pi_lr or cfg.lr, reference=run.reference)", "objective"),
-    Fault("pi-lr-ignored", "lr=cfg.pi_lr or cfg.lr)", "lr=cfg.lr)", "start_here or objective"),
-    Fault("the-fresh-batch-verified", "step_on(run.previous, pi_rewards",
-          "step_on(batch, pi_rewards", "start_here"),
-    Fault("shuffled-takes-the-last-xi", "run.past_xi[int(drawn)]", "run.past_xi[-1]", "shuffled"),
+    Fault("kl-in-the-verification-step", "objective = BASES[cfg.base]._replace(",
+          "objective = BASES[cfg.base]._replace(kl_coef=cfg.kl_coef, ", "objective or kl"),
+    Fault("reference-with-its-adapters-on", "run.model.disable_adapters()", "pass", "adapters or lora or kl"),
+    Fault("pi-lr-ignored", "lr=cfg.pi_lr or cfg.lr", "lr=cfg.lr", "start_here or objective"),
+    Fault("the-fresh-batch-verified", "run.optimizer, run.previous, pi_rewards",
+          "run.optimizer, batch, pi_rewards", "start_here"),
+    Fault("sampler-never-checked", "    if run.step == 1:\n", "    if False:\n", "sampler or supported"),
+    Fault("room-that-was-left-forgotten", "batch.problems, run.cache_tokens = problems, batch.cache_tokens",
+          "batch.problems = problems", "memory"),
 
     # Training
     Fault("evaluations-drawn-anew", 'cfg.seed, "evaluation")',
           'cfg.seed, "evaluation", run.step)', "evaluation"),
+    Fault("step-kept-after-a-failed-reward", "run.step -= 1", "pass", "reward"),
 
     # What users bring
-    Fault("missing-weights-are-drawn", '    if found["missing_keys"]:', "    if False:", "missing"),
-    Fault("the-first-gold-only", "for gold in problem.golds]", "for gold in problem.golds[:1]]", "gold"),
-    Fault("mu-over-kept-groups", "return joined(batches, groups), rewards.mean(",
-          "return joined(batches, groups), rewards[groups].mean(", "dynamic"),
+    Fault("missing-weights-are-drawn", 'if found["missing_keys"]:', "if False:", "missing"),
+    Fault("the-first-gold-only", "for gold in problem.golds), key=", "for gold in problem.golds[:1]), key=",
+          "gold"),
+    Fault("the-answer-is-in-the-prompt", "            messages.pop()\n", "", "messages"),
     Fault("truncated-are-trained", "batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0", "pass",
           "truncated"),
     Fault("naive-pass-at-k", "math.comb(n - int(c), k) / math.comb(n, k)", "(1 - int(c) / n) ** k", "pass_at"),
@@ -118,12 +129,15 @@ if temperature and top_p < 1:
     Fault("cut-off-counts-as-ended", "[row.tokens[-1] not in eos for row in rows]", "[False for row in rows]",
           "eos or greedy"),
 
+    Fault("special-tokens-hidden",
+          "tokenizer.decode([token for token in row.tokens if token not in hidden])",
+          "tokenizer.decode(row.tokens, skip_special_tokens=True)", "special or thought"),
+    Fault("as-many-rows-a-wave-as-fit", "n = max(1, min(fitting, rows_a_wave or fitting))",
+          "n = max(1, fitting)", "wave"),
+
     # Verifying
-    Fault("a-tolerance-for-fractions", "return 0 if gap == 0 else",
-          "return 0 if abs(gap) < 1e-3 else", "answers"),
-    Fault("hedges-are-paid",
-          "require(not HEDGES.intersection([*words, *map(unit_name, words)]) and len(words) < 12)",
-          "require(len(words) < 12)", "answers"),
+    Fault("a-tolerance-for-fractions", "abs(x - y) < TINY * max(", "abs(x - y) < 1e-3 * max(", "answers"),
+    Fault("hedges-are-paid", "require(not any(map(HEDGES.fullmatch, words)))", "pass", "answers"),
     Fault("an-unfinished-thought-is-paid", "grade(text, gold, problem.thinking)", "grade(text, gold)",
           "thought"),
     Fault("the-first-box-counts", r'max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)',
@@ -135,21 +149,31 @@ if temperature and top_p < 1:
 
     # Files
     Fault("old-checkpoint-deleted-first", 'open(partial_file, "wb")',
-          '(partial_file.with_suffix(".pt").unlink(missing_ok=True), open(partial_file, "wb"))[1]', "kill"),
+          '(path.unlink(missing_ok=True), open(partial_file, "wb"))[1]', "kill"),
     Fault("window-not-restored", 'run.tracker.history.extend(state["window"])', "pass", "unbroken"),
     Fault("previous-batch-not-restored", "run.previous = Batch(", "Batch(", "unbroken"),
     Fault("moments-not-restored", 'run.optimizer.load_state_dict(state["optimizer"])', "pass",
           "unbroken"),
-    Fault("past-xi-not-restored", 'run.past_xi, run.step = state["past_xi"], state["step"]',
-          'run.step = state["step"]', "unbroken"),
-    Fault("flipped-bits-are-loaded", "        if broken:\n", "        if False:\n", "checkpoint"),
-    Fault("no-lock", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "share"),
-    Fault("other-problems-on-resume", "        raise UserError(f\"--resume goes on with what a run began",
-          "        print(f\"--resume goes on with what a run began", "began_with"),
-    Fault("a-signal-saves-nothing", "save_now = last or caught or", "save_now = last or", "signal"),
+    Fault("logs-not-cut-on-resume", "os.truncate(path, sum(map(len, kept)))", "pass", "unbroken or resume"),
+    Fault("other-problems-on-resume", 'state["problems"] != len(problems) or ', "", "resume"),
+    Fault("a-signal-saves-nothing", "if cfg.save_every and saved < run.step:",
+          "if cfg.save_every and saved < run.step and not caught:", "signal"),
+    Fault("rope-theta-not-written", '"rope_theta": rope["rope_theta"], ', "", "transformers_4 or rope"),
     Fault("order-starts-over-on-resume", "pick_problems(problems, run.step + 1, cfg)",
           "pick_problems(problems, bar.n - bar.initial + 1, cfg)", "unbroken"),
 ]
+
+
+def misfit(fault: Fault, source: str) -> str | None:
+    """Why a fault cannot be planted, in a sentence; None if it can."""
+    times = source.count(fault.find)
+    if times != 1:
+        return f"{fault.name}: stands {times} times in pipo.py, not once: {fault.find.strip()}"
+    try:
+        ast.parse(source.replace(fault.find, fault.replace))
+    except SyntaxError as error:  # which any test would notice
+        return f"{fault.name}: {error}"
+    return None
 
 
 def run_tests(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -193,6 +217,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="this one; may be repeated")
     parser.add_argument("--list", action="store_true", help="the names of the faults")
+    parser.add_argument("--check", action="store_true", help="whether they can be planted, without any test")
     args = parser.parse_args()
     if args.list:
         print("\n".join(fault.name for fault in FAULTS))
@@ -201,12 +226,12 @@ def main() -> None:
         parser.error(f"--only: there is no fault {', '.join(sorted(unknown))}")
     chosen = [fault for fault in FAULTS if not args.only or fault.name in args.only]
     source = (ROOT / "pipo.py").read_text()
-    misplaced = [fault for fault in chosen if source.count(fault.find) != 1]
-    for fault in misplaced:
-        times = source.count(fault.find)
-        print(f"{fault.name}: stands {times} times in pipo.py, not once: {fault.find.strip()}")
+    misplaced = [told for fault in chosen if (told := misfit(fault, source))]
     if misplaced:
-        sys.exit(1)
+        sys.exit("\n".join(misplaced))
+    if args.check:
+        print(f"{len(chosen)} faults can be planted")
+        return
 
     survived = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -69,6 +69,7 @@ class PIPOTrainer(GRPOTrainer):
 
     `window`, `lam` and `xi_clip` are those of pipo.ImprovementTracker; all other arguments are GRPOTrainer's.
     With feedback=False it is GRPOTrainer, number for number.
+    As in the authors' code, one optimizer takes both steps: a verification step is first of all its momentum.
     """
 
     def __init__(self, *args, feedback=True, window=8, lam=0.1, xi_clip=None, **kwargs):

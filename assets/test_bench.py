@@ -55,9 +55,11 @@ def test_the_part_for_a_gpu_runs_on_a_cpu_too(tmp_path, capsys):
     (record,) = json.loads(out.read_text()).values()
     rows, phases = record["rows"], ("sampling", "verification", "exploration")
     assert set(rows) == {
-        "gpu_tokens_16", "gpu_tokens_32", "gpu_step1_grpo", "gpu_step1_gspo", "gpu_save", "gpu_resume",
+        "gpu_tokens_16", "gpu_tokens_32", "gpu_cache", "gpu_out_of_memory", "gpu_step1_grpo", "gpu_step1_gspo",
+        "gpu_save", "gpu_resume",
         *(f"gpu_{what}_{phase}" for what in ("seconds", "memory") for phase in phases)}
     assert all(rows[f"gpu_seconds_{phase}"]["ours"] > 0 for phase in phases)
+    assert rows["gpu_cache"]["taken"] == 4 * 8 * (128 + 64) and rows["gpu_out_of_memory"]["times"] == 0
     for base in ("grpo", "gspo"):  # in fp32 sampler and trainer agree
         assert rows[f"gpu_step1_{base}"]["gap"] < 1e-4 and rows[f"gpu_step1_{base}"]["clipped"] == 0
     assert not list(out.parent.glob("tmp*"))  # the checkpoint of 4B would be 45 GiB
