@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("pipo.py", "test_pipo.py", "README.md", "assets")
+COPIED = ("pipo.py", "test_pipo.py", "README.md", "Makefile", "assets")
 TIME_LIMIT = 600  # seconds a call of pytest
 
 
@@ -71,16 +71,16 @@ FAULTS = [
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             optimizer.step()
-""", "signal"),
+""", "without_signal"),
     Fault("a-step-on-numbers-that-are-not-finite", "if not math.isfinite(norm + loss_sum):", "if False:",
           "finite"),
-    Fault("lr-never-set", 'group["lr"] = lr', "pass", "learning_rate"),
+    Fault("lr-never-set", 'group["lr"] = lr', "pass", "both_steps"),
     Fault("gradient-of-the-failed-attempt-kept", "        model.zero_grad()  # behind",
-          "        pass  # behind", "memory"),
+          "        pass  # behind", "where_memory"),
     Fault("as-many-tokens-after-running-out", "        microbatch_tokens //= 2\n",
           "        parts = microbatches(rows, batch.lengths(), microbatch_tokens // 2)\n"
           "        return [backward(model, batch, part, *given) for part in parts], microbatch_tokens\n",
-          "memory"),
+          "where_memory"),
 
     # One iteration
     Fault("pushed-twice-and-before-it-is-read", "    feedback = run.tracker.feedback(mu)\n",
@@ -89,32 +89,34 @@ FAULTS = [
     Fault("mu-of-mixed-groups-only", "mu = batch.rewards.mean(dtype=torch.float64).item()",
           "mu = batch.rewards[batch.rewards.std(1) > 0].mean(dtype=torch.float64).item()", "start_here"),
     Fault("every-base-divides-by-the-std", "group_advantages(batch.rewards, objective.normalize_std)",
-          "group_advantages(batch.rewards, True)", "objective"),
+          "group_advantages(batch.rewards, True)", "both_steps"),
     Fault("kl-in-the-verification-step", "objective = BASES[cfg.base]._replace(",
-          "objective = BASES[cfg.base]._replace(kl_coef=cfg.kl_coef, ", "objective or kl"),
-    Fault("reference-with-its-adapters-on", "run.model.disable_adapters()", "pass", "adapters or lora or kl"),
-    Fault("pi-lr-ignored", "lr=cfg.pi_lr or cfg.lr", "lr=cfg.lr", "start_here or objective"),
+          "objective = BASES[cfg.base]._replace(kl_coef=cfg.kl_coef, ", "both_steps or kl"),
+    Fault("reference-with-its-adapters-on", "run.model.disable_adapters()", "pass", "kl"),
+    Fault("pi-lr-ignored", "lr=cfg.pi_lr or cfg.lr", "lr=cfg.lr", "start_here or both_steps"),
     Fault("the-fresh-batch-verified", "run.optimizer, run.previous, pi_rewards",
           "run.optimizer, batch, pi_rewards", "start_here"),
-    Fault("sampler-never-checked", "    if run.step == 1:\n", "    if False:\n", "sampler or supported"),
+    Fault("sampler-never-checked", "    if run.step == 1:\n", "    if False:\n", "cannot_be_trained"),
     Fault("room-that-was-left-forgotten", "batch.problems, run.cache_tokens = problems, batch.cache_tokens",
-          "batch.problems = problems", "memory"),
+          "batch.problems = problems", "running_out"),
 
     # Training
     Fault("evaluations-drawn-anew", 'cfg.seed, "evaluation")',
           'cfg.seed, "evaluation", run.step)', "evaluation"),
-    Fault("step-kept-after-a-failed-reward", "run.step -= 1", "pass", "reward"),
+    Fault("step-kept-after-a-failed-reward", "run.step -= 1", "pass", "reward_that_fails"),
 
     # What users bring
-    Fault("missing-weights-are-drawn", 'if found["missing_keys"]:', "if False:", "missing"),
+    Fault("missing-weights-are-drawn", 'if found["missing_keys"]:', "if False:", "cannot_be_trained"),
     Fault("the-first-gold-only", "for gold in problem.golds), key=", "for gold in problem.golds[:1]), key=",
           "gold"),
-    Fault("the-answer-is-in-the-prompt", "            messages.pop()\n", "", "messages"),
-    Fault("truncated-are-trained", "batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0", "pass",
-          "truncated"),
-    Fault("naive-pass-at-k", "math.comb(n - int(c), k) / math.comb(n, k)", "(1 - int(c) / n) ** k", "pass_at"),
+    Fault("the-answer-is-in-the-prompt", "            messages.pop()\n", "",
+          "left_out_or_odd or prompts_through"),
+    Fault("truncated-are-trained", "batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0",
+          "pass", "start_here or both_steps"),
+    Fault("naive-pass-at-k", "math.comb(n - int(c), k) / math.comb(n, k)", "(1 - int(c) / n) ** k",
+          "evaluation"),
     Fault("turn-ends-nothing", "ids.update(i for i in first if i in tokenizer.added_tokens_decoder)", "pass",
-          "turn"),
+          "every_eos or prompts_through"),
 
     # Sampling
     Fault("top-p-in-the-log-probabilities", "return tokens, logprobs.gather(", """\
@@ -131,9 +133,9 @@ if temperature and top_p < 1:
 
     Fault("special-tokens-hidden",
           "tokenizer.decode([token for token in row.tokens if token not in hidden])",
-          "tokenizer.decode(row.tokens, skip_special_tokens=True)", "special or thought"),
+          "tokenizer.decode(row.tokens, skip_special_tokens=True)", "only_ends"),
     Fault("as-many-rows-a-wave-as-fit", "n = max(1, min(fitting, rows_a_wave or fitting))",
-          "n = max(1, fitting)", "wave"),
+          "n = max(1, fitting)", "evaluation or had_to_wait"),
 
     # Verifying
     Fault("a-tolerance-for-fractions", "abs(x - y) < TINY * max(", "abs(x - y) < 1e-3 * max(", "answers"),
@@ -145,20 +147,20 @@ if temperature and top_p < 1:
 
     # Memory
     Fault("masters-lost-on-resume", "weight.copy_(master.copy_(saved))", "master.copy_(weight)",
-          "masters or precisions"),
+          "masters or unbroken"),
 
     # Files
     Fault("old-checkpoint-deleted-first", 'open(partial_file, "wb")',
-          '(path.unlink(missing_ok=True), open(partial_file, "wb"))[1]', "kill"),
+          '(path.unlink(missing_ok=True), open(partial_file, "wb"))[1]', "killed"),
     Fault("window-not-restored", 'run.tracker.history.extend(state["window"])', "pass", "unbroken"),
     Fault("previous-batch-not-restored", "run.previous = Batch(", "Batch(", "unbroken"),
     Fault("moments-not-restored", 'run.optimizer.load_state_dict(state["optimizer"])', "pass",
           "unbroken"),
-    Fault("logs-not-cut-on-resume", "os.truncate(path, sum(map(len, kept)))", "pass", "unbroken or resume"),
-    Fault("other-problems-on-resume", 'state["problems"] != len(problems) or ', "", "resume"),
+    Fault("logs-not-cut-on-resume", "os.truncate(path, sum(map(len, kept)))", "pass", "unbroken or killed"),
+    Fault("other-problems-on-resume", 'state["problems"] != len(problems) or ', "", "overwritten"),
     Fault("a-signal-saves-nothing", "if cfg.save_every and saved < run.step:",
-          "if cfg.save_every and saved < run.step and not caught:", "signal"),
-    Fault("rope-theta-not-written", '"rope_theta": rope["rope_theta"], ', "", "transformers_4 or rope"),
+          "if cfg.save_every and saved < run.step and not caught:", "signal_to_stop"),
+    Fault("rope-theta-not-written", '"rope_theta": rope["rope_theta"], ', "", "transformers_4"),
     Fault("order-starts-over-on-resume", "pick_problems(problems, run.step + 1, cfg)",
           "pick_problems(problems, bar.n - bar.initial + 1, cfg)", "unbroken"),
 ]
