@@ -16,11 +16,12 @@ batch of step t, A_i the GRPO advantage of its sample i, K the length of the win
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-So a batch after which the reward rose gets a second step the same way, and one after which it fell a small
-step back (times lam). mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}.
-Both steps share one optimizer; each ratio is against the policy that sampled its batch. There is no verification
+mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. After a rise the gradient of
+the verification step is B_{t-1}'s again, after a fall the opposite one, times lam. Both steps share one AdamW,
+whose momentum still points along B_{t-1}: a rise reinforces it, and a fall brakes it, by about a tenth of that
+step, but takes nothing back. Each ratio is against the policy that sampled its batch. There is no verification
 step while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and
-where no group of B_{t-1} is mixed. Settings and metrics named `pi_` are of this step (policy improvement).
+where no group of B_{t-1} is mixed. Settings and metrics named `pi_` are of this step.
 
     python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, in minutes
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
@@ -28,7 +29,7 @@ where no group of B_{t-1} is mixed. Settings and metrics named `pi_` are of this
 
 Contents, in reading order; the first five are PIPO, the others are its engine rooms:
 
-    Settings            every flag, what it means and what it may be
+    Records             what passes through an iteration: problems, a batch, the run
     The mathematics     group advantages, the improvement tracker, improvement rewards, the clipped loss
     The update          log-probabilities of a batch, and optimizer steps on it
     One iteration       PIPO on one screen
@@ -39,7 +40,7 @@ Contents, in reading order; the first five are PIPO, the others are its engine r
     Memory              fp32 masters in host memory, and what fits where
     The demo            a tiny model that learns to add
     Files               what a run leaves, and how it goes on
-    Command line
+    Command line        every setting, what it means and what it may be
 
 Left out on purpose: more than one GPU, an inference server, replay beyond the previous batch, learned reward
 models, rate schedules, dropout.
@@ -48,47 +49,38 @@ models, rate schedules, dropout.
 from __future__ import annotations
 
 import argparse
-import errno
 import glob
 import hashlib
-import importlib
 import inspect
-import io
 import json
 import math
 import operator
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import statistics
 import sys
-import textwrap
 import time
-import zipfile
-import zlib
 from collections import Counter, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-# Without this the GPU's memory breaks into pieces.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback while the libraries load
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # or the GPU's memory breaks into pieces
 
 import datasets
-# mpmath alone, without sympy: to build and compare two of sympy's sets takes 1 to 4 ms (ours 0.3 ms),
-# and to it endpoints are only equal if written alike: sqrt(6 + 2 sqrt(5)) and 1 + sqrt(5) are not.
-import mpmath
+import mpmath  # of sympy: its arithmetic alone, for the verifier
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models as tokenizer_models
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -100,185 +92,65 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings. One dataclass holds them all: its fields are the command-line flags, their --help and config.json.
-# `demo` is the value used instead when no --model is given.
+# Records. What passes through an iteration: the problems that are asked, the batch of answers to them, and the
+# run that carries the rest from one iteration to the next. Settings (`cfg`) stand with the command line, last.
 # ------------------------------------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """Something the user can put right: shown as one sentence, exit code 2."""
-
-
-def cause_of(error: BaseException) -> str:
-    """An error in one line; where it only says that there was another, that one."""
-    while str(error) == "An error occurred while generating the dataset" and error.__cause__:
-        error = error.__cause__
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-
-
-@contextmanager
-def explained_as(what: str):
-    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{what}: {cause_of(error)}")
-
-
-BOUNDS = {  # what a number must be; none of them takes nan or an infinity
-    "above 0": lambda x: 0 < x < math.inf,
-    "0 or more": lambda x: 0 <= x < math.inf,
-    "at least 2": lambda x: 2 <= x < math.inf,
-    "in [0, 1]": lambda x: 0 <= x <= 1,
-    "in [0, 1)": lambda x: 0 <= x < 1,
-    "in (0, 1]": lambda x: 0 < x <= 1,
-    "finite": lambda x: -math.inf < x < math.inf,
-}
-
-
-def option(default, help, bound=None, demo=None, choices=None):
-    """A field of Config: its default, --help, what it may be, and the demo's value if that is another."""
-    return field(default=default, metadata=dict(help=help, bound=bound, demo=demo, choices=choices))
+class Problem(NamedTuple):
+    """One question with its answers, ready to be asked."""
+    text: str  # the question, for people
+    prompt: list[int]  # token ids
+    answer: str  # the first gold, for people; "" without any
+    golds: tuple[str, ...]  # any of them is right
+    row: dict  # of the dataset, whole, for a reward function of the user's own; otherwise {}
+    thinking: bool = False  # the prompt opens a thought, which the completion has to end
 
 
 @dataclass
-class Config:
-    """All settings of a run; each field is the flag of its name, with - for _."""
-    # the task
-    model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
-    dataset: str = option("DigitalLearningGmbH/MATH-lighteval", "training problems: a hub name (org/name or "
-                          "org/name:config), a .parquet, .jsonl, .json, .csv, .tsv file or folder", demo="")
-    eval_dataset: list[str] = option("HuggingFaceH4/MATH-500", "held-out problems, one set or more", demo="")
-    reward: str = option("", "file.py:function in place of the verifier: (completion, answer, row) -> number")
-    columns: str = option("", "the columns that ask and answer, as in question,answer (default: known names)")
-    system: str = option("", "system message, put in front of prompts that have none")
-    instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
-                              "put behind a problem that has no \\boxed in it, not behind messages", demo="")
-    warm_start: float = option(0.25, "demo: the warm start ends once this share is solved", "in [0, 1)")
-    thinking: bool = option(False, "let a chat template switch its thinking mode on")
-    max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", "above 0")
-    # sampling and grading
-    steps: int = option(261, "iterations; 0 only evaluates", "0 or more", demo=120)
-    prompts_per_step: int = option(128, "Q, prompts an iteration", "above 0", demo=32)
-    group_size: int = option(8, "G, samples a prompt", "at least 2")
-    max_new_tokens: int = option(4096, "longest completion", "above 0", demo=48)
-    temperature: float = option(0.7, "of sampling, in training and evaluation", "above 0", demo=1.0)
-    top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", "in (0, 1]")
-    cache_tokens: int = option(None, "room of the key-value cache (default: what fits)", "above 0")
-    dynamic_sampling: int = option(0, "DAPO's: at most so many more rounds, for Q mixed groups", "0 or more")
-    reward_noise: float = option(0.0, "share of training rewards to flip, to study noise", "in [0, 1)")
-    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
-    # the base objective (both steps; the KL in exploration only)
-    base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
-    clip_low: float = option(None, "lower clip of the ratio (default: the base's own)", "in [0, 1)")
-    clip_high: float = option(None, "upper clip of the ratio (default: the base's own)", "0 or more")
-    kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", "0 or more")
-    behavior: str = option("auto", "whose log-probabilities the ratio is against (auto: the sampler's; for "
-                           "gspo in bfloat16 the trainer's)", choices=("auto", "sampler", "trainer"))
-    # the feedback (verification step)
-    feedback: str = option("pipo", "what scales the verification step: phi(xi); nothing, as there is none; "
-                           "--constant; phi of an earlier xi", choices=("pipo", "none", "constant", "shuffled"))
-    window: int = option(8, "K, past mean rewards that the present one is held against", "at least 2")
-    lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", "in [0, 1]")
-    xi_clip: float = option(None, "cut xi to [-this, this] (default: no cut, as in the paper)", "above 0")
-    constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", "finite")
-    # the optimizer
-    lr: float = option(1e-6, "learning rate", "above 0", demo=1e-4)
-    pi_lr: float = option(None, "learning rate of the verification step (default: --lr)", "above 0")
-    weight_decay: float = option(0.01, "AdamW's weight decay", "0 or more")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", "above 0")
-    minibatches: int = option(1, "optimizer steps a batch is split into, in both steps (paper: 2)", "above 0")
-    epochs: int = option(1, "passes over a batch in the exploration step; the last one is logged", "above 0")
-    microbatch_tokens: int = option(8192, "padded tokens a backward pass (memory only)", "above 0", demo=2048)
-    # precision and memory
-    dtype: str = option("auto", "of the weights; gradients are summed, and AdamW steps, in float32 (auto: "
-                        "bfloat16 on a GPU, else float32)", choices=("auto", "float32", "bfloat16"))
-    optimizer_device: str = option("auto", "where AdamW's float32 weights and moments are (auto: the host's "
-                                   "memory, if they are large and fit there)", choices=("auto", "cpu", "cuda"))
-    lora: int = option(0, "rank of LoRA adapters to train instead of all weights (needs peft)", "0 or more")
-    # the run
-    seed: int = option(0, "the same seed gives the same run (on the same CPU, to the last bit)", "finite")
-    device: str = option("", "cpu, cuda, cuda:1, ... (default: cuda if present)")
-    out: str = option("", "folder for the run's files (default: runs/<model>-<base>-<feedback>-seed<n>)")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    overwrite: bool = option(False, "delete the run that is in --out")
-    eval_every: int = option(10, "steps between evaluations, 0 for none at all", "0 or more", demo=20)
-    eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", "above 0")
-    eval_temperature: float = option(None, "of evaluation; 0 is greedy (default: --temperature)", "0 or more")
-    eval_top_p: float = option(None, "top-p of evaluation (default: --top-p)", "in (0, 1]")
-    eval_limit: int = option(0, "evaluate on the first so many problems only, 0 for all", "0 or more")
-    save_every: int = option(None, "steps between saves, 0: none (default: 10, 1B+ 50)", "0 or more", demo=20)
-    save_minutes: float = option(30.0, "minutes after which there is a save in between, too", "above 0")
-    keep_models: int = option(0, "keep the last so many checkpoints' models as model-<step>/", "0 or more")
-    show_every: int = option(5, "steps between samples shown on the screen, 0 for none", "0 or more", demo=20)
-    tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio", "tensorboard"))
+class Batch:
+    """N completions, the G of a prompt side by side. Padding stands behind; `mask` says what was sampled."""
+    prompts: list[list[int]]  # N lists of token ids
+    tokens: Tensor  # (N, T) sampled token ids
+    mask: Tensor  # (N, T) 1 on every sampled token, the EOS that ended it included
+    behavior_logprobs: Tensor  # (N, T) under the policy that sampled, at the sampling temperature
+    truncated: Tensor  # (N,) True where the length limit cut it off
+    texts: list[str]  # N decoded completions
+    cache_tokens: int | None = None  # the room that was left for the cache: less if memory ran out
+    out_of_memory: int = 0  # how often it did
+    rewards: Tensor | None = None  # (Q, G) filled in once the completions are graded
+    advantages: Tensor | None = None  # (Q, G)
+    problems: list[Problem] | None = None  # Q, what was asked
+    ref_logprobs: Tensor | None = None  # (N, T) under the reference policy, where there is a KL to it
+
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt and its completion (N,), on the CPU."""
+        return torch.tensor(list(map(len, self.prompts))) + self.mask.sum(1).long().cpu()
+
+    def metrics(self) -> dict:
+        """What a graded batch says of the policy's health."""
+        n_tokens = self.mask.sum().item()
+        return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens, "tokens": int(n_tokens),
+                "prompt_tokens": sum(map(len, self.prompts)), "completion_length": n_tokens / len(self.prompts),
+                "truncated": self.truncated.float().mean().item(), "cache_tokens": self.cache_tokens,
+                "zero_signal": (self.advantages == 0).all(1).float().mean().item(),
+                "out_of_memory": self.out_of_memory}
 
 
-# The headings of --help, by the first setting below each.
-HEADINGS = {"model": "the task", "steps": "sampling and grading",
-            "base": "the base objective (both steps; KL: one)", "feedback": "the feedback (verification step)",
-            "lr": "the optimizer", "dtype": "precision and memory", "seed": "the run",
-            "eval_every": "evaluating, saving, showing"}
-# Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
-DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
-
-
-def flag(name: str) -> str:
-    """The flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def validate(cfg: Config) -> None:
-    """Refuse settings that make no sense (raises UserError) before anything is loaded."""
-    def need(holds, name, reason):
-        if not holds:
-            raise UserError(f"{flag(name)} is {getattr(cfg, name)!r}: {reason}")
-
-    for f in fields(cfg):
-        value, bound, choices = getattr(cfg, f.name), f.metadata["bound"], f.metadata["choices"]
-        need(not bound or value is None or BOUNDS[bound](value), f.name, f"it must be {bound}")
-        need(not choices or value in choices, f.name, f"it must be one of {choices}")
-        is_name = isinstance(value, str) and f.name not in ("system", "instruction")
-        names_nothing = is_name and ("\0" in value or len(value) > 2000)
-        too_large = isinstance(value, int) and abs(value) >= 2**63
-        need(not names_nothing, f.name, "it is no text that could name something")
-        need(not too_large, f.name, "it is too large")
-    need(cfg.prompts_per_step % cfg.minibatches == 0, "minibatches",
-         f"it must divide --prompts-per-step ({cfg.prompts_per_step})")
-    need(not (cfg.reward and cfg.reward_noise), "reward_noise", "it swaps 0 and 1; a --reward has others")
-    need(cfg.steps or cfg.eval_every, "steps", "with --eval-every 0 there is nothing to do")
-    need(not (cfg.resume and cfg.overwrite), "overwrite", "it contradicts --resume; give one of the two")
-    need(not cfg.lora or find_spec("peft"), "lora", "it needs the package peft (pip install peft)")
-    need(not cfg.tracker or find_spec(cfg.tracker), "tracker", "it needs the package of that name")
-    need(not cfg.model or cfg.dataset or not cfg.steps, "dataset", "name a data set to train on")
-    need(cfg.model or not cfg.dataset, "dataset", "it needs --model: the demo makes its own")
-    need(cfg.model or not cfg.eval_dataset, "eval_dataset", "it needs --model: the demo makes its own")
-    device = pick_device(cfg)
-    need(device.type in ("cpu", "cuda"), "device", "it must be cpu or a CUDA device")
-    need(cfg.optimizer_device in ("auto", "cpu", device.type), "optimizer_device", f"the run is on {device}")
-
-
-MEMORY_SHARE = 15 / 16  # of what is free in the plan, and of a card at the most
-
-
-def pick_device(cfg: Config) -> torch.device:
-    """The device that samples and trains, made ready; a UserError if there is no such device here."""
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with explained_as(f"--device is {device!r}"):  # an unknown name, or a torch without CUDA
-        device = torch.empty(0, device=device).device
-    if device.type == "cuda":
-        # cuDNN plans attention anew for every length, and in decoding each token has another
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
-    return device
-
-
-def rng(device, *key) -> torch.Generator:
-    """A generator that depends on `key` alone, so that no draw depends on how many were made before it."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))  # 7 bytes fit an int64
+@dataclass
+class Run:
+    """What one iteration hands to the next."""
+    model: torch.nn.Module
+    tokenizer: object
+    optimizer: object
+    tracker: ImprovementTracker
+    reference: torch.nn.Module | None = None  # the starting model, where there is a KL to it
+    reward: object = None  # the user's own function in place of the verifier
+    previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
+    step: int = 0  # iterations done
+    name: str = ""  # that trackers know it by
+    cache_tokens: int | None = None  # room of the key-value cache; less once memory ran out in sampling
+    microbatch_tokens: int | None = None  # less than the setting once memory ran out in training
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -303,12 +175,9 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     return torch.where(mixed, centered, 0.0)
 
 
-class Feedback(NamedTuple):
-    """What the tracker has to say of one batch."""
-    xi: float  # improvement in standard deviations of the window
-    phi: float  # the coefficient it becomes
-    mu_his: float  # mean of the window
-    sigma_his: float  # its sample standard deviation
+# What the tracker says of a batch: its improvement in standard deviations of the window, the coefficient which
+# that becomes, and the window's mean and (sample) standard deviation.
+Feedback = namedtuple("Feedback", "xi phi mu_his sigma_his")
 
 
 class ImprovementTracker:
@@ -323,20 +192,15 @@ class ImprovementTracker:
             raise ValueError(f"needs window >= 2 and 0 <= lam <= 1, got {window} and {lam}")
         self.window, self.lam, self.xi_clip, self.history = window, lam, xi_clip, deque(maxlen=window)
 
-    @property
-    def full(self) -> bool:
-        return len(self.history) == self.window
-
     def phi(self, xi: float) -> float:
         """The rectifier: a fall counts lambda times a rise."""
         return xi if xi >= 0 else self.lam * xi
 
     def feedback(self, mu: float) -> Feedback | None:
         """How `mu` compares with the window; None while it fills, or if its rewards are all equal."""
-        if not self.full or len(set(self.history)) == 1:
+        if len(self.history) < self.window or len(set(self.history)) == 1:
             return None
-        mu_his = statistics.mean(self.history)
-        sigma_his = statistics.stdev(self.history)  # ddof 1
+        mu_his, sigma_his = statistics.mean(self.history), statistics.stdev(self.history)  # ddof 1
         xi = (mu - mu_his) / sigma_his
         if self.xi_clip is not None:
             xi = max(-self.xi_clip, min(self.xi_clip, xi))
@@ -419,7 +283,6 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, objective=BASES["
 # a time. Both steps of an iteration are `update`.
 # ------------------------------------------------------------------------------------------------------------
 
-
 # Rows of logits at a time. Small chunks save memory, but each adds to the head's whole gradient: that takes time.
 LOGITS_CHUNK = {"cpu": 256, "cuda": 1024}
 
@@ -437,11 +300,10 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=None) ->
     are the largest tensor of RL on language models (151,936 columns for Qwen3): they are made `chunk` tokens at
     a time, and again in the backward pass instead of being kept.
     """
-    chunk = chunk or LOGITS_CHUNK[model.device.type]
     lengths = mask.sum(-1).long().tolist()
     ids = padded([p + c[:n] for p, c, n in zip(prompts, tokens.tolist(), lengths)], model.device)  # (n, S)
-    predicts = [[False] * (len(p) - 1) + [True] * n + [False] for p, n in zip(prompts, lengths)]
-    predicts = padded(predicts, model.device)  # (n, S) a completion token comes next
+    predicts = padded([[False] * (len(p) - 1) + [True] * n + [False] for p, n in zip(prompts, lengths)],
+                      model.device)  # (n, S) a completion token comes next
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]  # (tokens, H)
     targets = ids.roll(-1, 1)[predicts]  # (tokens,)
     head = model.get_output_embeddings()
@@ -449,21 +311,10 @@ def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=None) ->
     def logprob(h, y):  # (chunk, H), (chunk,) -> (chunk,)
         return -F.cross_entropy(head(h).float() / temperature, y, reduction="none")
 
-    pieces = [checkpoint(logprob, h, y, use_reentrant=False, preserve_rng_state=False)
-              for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    chunks = (x.split(chunk or LOGITS_CHUNK[model.device.type]) for x in (hidden, targets))
+    pieces = [checkpoint(logprob, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in zip(*chunks)]
     logprobs = torch.zeros_like(mask, dtype=torch.float32)  # (n, T)
     return logprobs.masked_scatter(mask.bool(), torch.cat(pieces))
-
-
-@torch.no_grad()
-def reference_logprobs(model, reference, *args) -> Tensor:
-    """token_logprobs under the reference policy: a frozen model, or the model itself with its adapters off."""
-    if reference is model:
-        model.disable_adapters()
-    logprobs = token_logprobs(reference, *args)  # (n, T)
-    if reference is model:
-        model.enable_adapters()
-    return logprobs
 
 
 def microbatches(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
@@ -476,8 +327,40 @@ def microbatches(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
     return [torch.tensor(part) for part in parts]
 
 
+def backward(model, batch, part, coefficients, objective, temperature, n_sequences, n_tokens):
+    """Add the gradient of some rows of a minibatch, `part` (n,), to what is there: (loss, tokens, mean metrics).
+
+    `n_sequences` and `n_tokens` are the whole minibatch's, so that no split of it changes the gradient.
+    """
+    width = int(batch.mask[part].sum(1).max())
+    tokens, mask = batch.tokens[part, :width], batch.mask[part, :width]  # (n, width)
+    logprobs = token_logprobs(model, [batch.prompts[i] for i in part.tolist()], tokens, mask, temperature)
+    ref_logprobs = batch.ref_logprobs[part, :width] if objective.kl_coef else None  # (n, width)
+    loss, means = policy_loss(logprobs, batch.behavior_logprobs[part, :width], coefficients[part].to(mask.device),
+                              mask, objective, ref_logprobs, n_sequences, n_tokens)
+    loss.backward()
+    return loss.item(), int(mask.sum()), means
+
+
+def accumulate(model, batch, rows, microbatch_tokens, *given):
+    """`backward` for all `rows` of a minibatch: what it returned, and the tokens a pass that memory was left for.
+
+    Where memory runs out, all starts again with half the tokens a pass: the gradient is the same.
+    """
+    while True:
+        parts = microbatches(rows, batch.lengths(), microbatch_tokens)
+        try:
+            return [backward(model, batch, part, *given) for part in parts], microbatch_tokens
+        except torch.OutOfMemoryError:
+            if len(parts) == len(rows):  # one at a time already
+                raise
+        model.zero_grad()  # behind the except block, which holds the tensors of the failed pass
+        torch.cuda.empty_cache()
+        microbatch_tokens //= 2
+
+
 def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0, minibatches=1,
-           microbatch_tokens=8192, max_grad_norm=1.0, reference=None) -> dict:
+           microbatch_tokens=8192, max_grad_norm=1.0) -> dict:
     """Take `minibatches` optimizer steps on a Batch with coefficients (Q, G); returns mean metrics.
 
     A minibatch without any signal (or KL) takes no step at all: AdamW would move the weights on momentum and
@@ -488,29 +371,18 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    coefficients = coefficients.flatten().cpu()  # (N,)
-    lengths = batch.lengths()  # (N,)
-    loss_sum, trained, norms = 0.0, 0, []
-    sums = dict.fromkeys(("clip_fraction", "ratio", "logprob_gap", *["kl"] * (reference is not None)), 0.0)
-    for rows in torch.arange(len(coefficients)).chunk(minibatches):  # groups stay whole
-        n_sequences, n_tokens = len(rows), batch.mask[rows].sum()
-        if reference is None:
-            rows = rows[coefficients[rows] != 0]
+    coefficients, loss_sum, trained, norms = coefficients.flatten().cpu(), 0.0, 0, []  # (N,)
+    sums = dict.fromkeys(["clip_fraction", "ratio", "logprob_gap"] + ["kl"] * (objective.kl_coef > 0), 0.0)
+    for minibatch in torch.arange(len(coefficients)).chunk(minibatches):  # groups stay whole
+        rows = minibatch if objective.kl_coef else minibatch[coefficients[minibatch] != 0]
         if len(rows) == 0:
             continue
-        for part in microbatches(rows, lengths, microbatch_tokens):
-            width = int(batch.mask[part].sum(1).max())
-            tokens, mask = batch.tokens[part, :width], batch.mask[part, :width]  # (n, width)
-            asked = [batch.prompts[i] for i in part.tolist()], tokens, mask, temperature
-            ref_logprobs = None if reference is None else reference_logprobs(model, reference, *asked)
-            loss, means = policy_loss(
-                token_logprobs(model, *asked), batch.behavior_logprobs[part, :width],
-                coefficients[part].to(mask.device), mask, objective, ref_logprobs, n_sequences, n_tokens)
-            loss.backward()
-            loss_sum, count = loss_sum + loss.item(), int(mask.sum())
-            for name, value in means.items():
-                sums[name] += value * count
-            trained += count
+        whole = len(minibatch), batch.mask[minibatch].sum()  # sequences, tokens
+        passes, microbatch_tokens = accumulate(
+            model, batch, rows, microbatch_tokens, coefficients, objective, temperature, *whole)
+        for loss, count, means in passes:
+            loss_sum, trained = loss_sum + loss, trained + count
+            sums = {name: value + means[name] * count for name, value in sums.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         if not math.isfinite(norm + loss_sum):
             optimizer.zero_grad()
@@ -518,8 +390,8 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
         optimizer.step()
         norms.append(norm)
         optimizer.zero_grad()
-    return {"loss": loss_sum / max(1, len(norms)), "grad_norm": max(norms, default=0.0),
-            "skipped_steps": minibatches - len(norms),
+    return {"loss": loss_sum / max(1, len(norms)), "grad_norm": max(norms, default=0.0), "lr": lr,
+            "skipped_steps": minibatches - len(norms), "microbatch_tokens": microbatch_tokens,
             **{name: value / trained if trained else None for name, value in sums.items()}}
 
 
@@ -529,28 +401,85 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """What one iteration hands to the next."""
-    model: torch.nn.Module
-    tokenizer: object
-    optimizer: object
-    tracker: ImprovementTracker
-    reference: torch.nn.Module | None = None  # the starting model, where there is a KL to it
-    reward: object = None  # the user's own function in place of the verifier
-    previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
-    past_xi: list[float] = field(default_factory=list)
-    step: int = 0  # iterations done
-    read: dict[str, str] = field(default_factory=dict)  # fingerprints of what it began with
+def rng(device, *key) -> torch.Generator:
+    """A generator that depends on `key` alone, so that no draw depends on how many were made before it."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))  # 7 bytes fit an int64
 
 
-def step_with(run: Run, cfg: Config):
-    """`update` with all that both steps share: the base objective, and what cfg changes of it."""
-    given = {name: getattr(cfg, name) for name in ("clip_low", "clip_high") if getattr(cfg, name) is not None}
-    objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens, kl_coef=cfg.kl_coef, **given)
-    return partial(update, run.model, run.optimizer, objective=objective, temperature=cfg.temperature,
-                   minibatches=cfg.minibatches, microbatch_tokens=cfg.microbatch_tokens,
-                   max_grad_norm=cfg.max_grad_norm)
+@torch.no_grad()
+def trainer_logprobs(model, batch: Batch, cfg: Config, rows=None) -> Tensor:
+    """The log-probabilities (N, T) of a batch as the trainer computes them; of some `rows` alone, 0 elsewhere."""
+    model.train()
+    again = torch.zeros_like(batch.mask)  # (N, T)
+    rows = torch.arange(len(again)) if rows is None else rows
+    for part in microbatches(rows, batch.lengths(), cfg.microbatch_tokens):
+        prompts = [batch.prompts[i] for i in part.tolist()]
+        again[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
+    return again
+
+
+def reference_logprobs(run: Run, batch: Batch, cfg: Config) -> Tensor:
+    """The same under the starting policy: a frozen model, or the model itself with its adapters off."""
+    if cfg.lora:
+        run.model.disable_adapters()
+    logprobs = trainer_logprobs(run.reference, batch, cfg)  # (N, T)
+    if cfg.lora:
+        run.model.enable_adapters()
+    return logprobs
+
+
+def check_sampler(model, batch: Batch, cfg: Config) -> None:
+    """Before the first update sampler and trainer must agree, or every ratio would be wrong (UserError)."""
+    rows = batch.lengths().argsort(descending=True)[:8]  # (n,) the longest
+    gaps = (trainer_logprobs(model, batch, cfg, rows) - batch.behavior_logprobs)[rows].abs()  # (n, T)
+    gap = gaps.sum().item() / batch.mask[rows].sum().item()
+    if gap > (1e-2 if model.dtype == torch.float32 else 0.1):
+        raise UserError(f"this model or its attention is not supported: before any update, sampler and trainer "
+                        f"disagree by {gap:.2g} in the log-probability of a token")
+
+
+def rollout(run: Run, problems: list[Problem], cfg: Config) -> Batch:
+    """Sample G completions of each problem, with the log-probabilities that the ratio is against."""
+    generator = rng(run.model.device, cfg.seed, "sample", run.step)
+    batch = sample(run.model, run.tokenizer, [problem.prompt for problem in problems], cfg.group_size,
+                   cfg.max_new_tokens, cfg.temperature, cfg.top_p, generator, run.cache_tokens)
+    batch.problems, run.cache_tokens = problems, batch.cache_tokens
+    if run.step == 1:
+        check_sampler(run.model, batch, cfg)
+    if cfg.base == "gspo" and run.model.dtype == torch.bfloat16:  # a clip narrower than the sampler's rounding
+        batch.behavior_logprobs = trainer_logprobs(run.model, batch, cfg)
+    return batch
+
+
+def own_grade(reward, text: str, problem: Problem) -> float:
+    """What a reward function of the user's own says; RewardError where it fails, or says no finite number."""
+    try:
+        value = reward(text, problem.answer, problem.row)
+        if not math.isfinite(value):
+            raise ValueError(f"it returned {value}")
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"the reward function {reward} must return a finite number: {error!r} for {text[-60:]!r} "
+                          f"as the answer to {problem.text[:60]!r}") from error
+    return float(value)
+
+
+def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tensor, Counter]:
+    """Rewards (Q, G), and how often a completion could not be judged, by cause.
+
+    A `reward` of one's own may return any finite number: mu and xi are then of that scale's mean, and
+    G * A / sum |A| still has mean size 1. It is called from a few threads, since some rewards wait for a judge.
+    """
+    G = len(batch.texts) // len(problems)
+    asked = [problem for problem in problems for _ in range(G)]  # N
+    if reward is None:
+        grades = [max((grade(text, gold, problem.thinking) for gold in problem.golds), key=operator.itemgetter(0))
+                  for text, problem in zip(batch.texts, asked)]
+    else:
+        with ThreadPoolExecutor(8) as threads:
+            grades = [(value, None) for value in threads.map(partial(own_grade, reward), batch.texts, asked)]
+    rewards = torch.tensor([value for value, _ in grades], device=batch.tokens.device).view(-1, G)  # (Q, G)
+    return rewards, Counter(cause for value, cause in grades if cause and not value)
 
 
 def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tuple[float, str]:
@@ -558,120 +487,27 @@ def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tu
     if cfg.feedback == "none":
         return 0.0, "off"
     if feedback is None:
-        return 0.0, "sigma_zero" if run.tracker.full else "warmup"
+        return 0.0, "warmup" if len(run.tracker.history) < cfg.window else "sigma_zero"
     value = cfg.constant if cfg.feedback == "constant" else feedback.phi
-    if cfg.feedback == "shuffled":
-        if not run.past_xi:
-            return 0.0, "warmup"
-        drawn = torch.randint(len(run.past_xi), (), generator=rng("cpu", cfg.seed, "xi", run.step))
-        value = run.tracker.phi(run.past_xi[int(drawn)])
     return value, "positive" if value > 0 else "negative" if value < 0 else "zero"
 
 
-def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tensor, Counter]:
-    """Rewards (Q, G), and how often a completion could not be judged, by cause.
-
-    A `reward` of one's own may return any finite number: mu and xi are then of that scale's mean, and
-    G * A / sum |A| still has mean size 1.
-    """
-    def judged(text, problem):
-        if reward is not None:
-            try:
-                value = float(reward(text, problem.answer, problem.row))
-            except SystemExit as error:  # would end the run as if it were done
-                raise RuntimeError("the reward function called sys.exit") from error
-            if not math.isfinite(value):
-                raise ValueError(f"the reward of {text[-100:]!r} is {value}: it must be a finite number")
-            return value, None
-        grades = [grade(text, gold, problem.thinking) for gold in problem.golds]
-        return max(grades, key=lambda graded: graded[0])
-
-    G = len(batch.texts) // len(problems)
-    grades = [judged(text, problems[i // G]) for i, text in enumerate(batch.texts)]
-    rewards = torch.tensor([value for value, _ in grades], device=batch.tokens.device).view(-1, G)  # (Q, G)
-    return rewards, Counter(cause for value, cause in grades if cause and not value)
-
-
-def fill_in_rewards(run: Run, batch: Batch, cfg: Config, *round_) -> Counter:
-    """Grade a batch, with --reward-noise turned round; how often a completion could not be judged, by cause."""
-    rewards, failures = grade_all(batch, batch.problems, run.reward)  # (Q, G)
-    noise = torch.rand(rewards.shape, generator=rng("cpu", cfg.seed, "noise", run.step, *round_))  # (Q, G)
-    flipped = (noise < cfg.reward_noise).to(rewards.device)  # the same whatever --feedback
-    batch.rewards = torch.where(flipped, 1 - rewards, rewards)
-    return failures
-
-
-@torch.no_grad()
-def trainer_logprobs(model, batch: Batch, rows: Tensor, cfg: Config) -> Tensor:
-    """The log-probabilities (N, T) of some `rows` of a batch as the trainer computes them; 0 elsewhere."""
-    model.train()
-    again = torch.zeros_like(batch.mask)  # (N, T)
-    for part in microbatches(rows, batch.lengths(), cfg.microbatch_tokens):
-        prompts = [batch.prompts[i] for i in part.tolist()]
-        again[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
-    return again
-
-
-def settle_behavior(run: Run, batch: Batch, cfg: Config) -> None:
-    """Whose log-probabilities the ratio is against; before the first update sampler and trainer must agree."""
-    if run.step == 1:
-        rows = batch.lengths().argsort(descending=True)[:8]  # (n,) the longest
-        again = trainer_logprobs(run.model, batch, rows, cfg)  # (N, T)
-        gap = (again - batch.behavior_logprobs)[rows].abs().sum().item() / batch.mask[rows].sum().item()
-        if gap > (1e-2 if run.model.dtype == torch.float32 else 0.1):
-            raise UserError(f"sampler and trainer disagree by {gap:.2g} in the log-probability of a token "
-                            "before any update: this model, or its attention, is not supported here")
-    narrow = cfg.base == "gspo" and run.model.dtype == torch.bfloat16  # a clip within the sampler's rounding
-    if cfg.behavior == "trainer" or cfg.behavior == "auto" and narrow:
-        batch.behavior_logprobs = trainer_logprobs(run.model, batch, torch.arange(len(batch.texts)), cfg)
-
-
-def ask(run: Run, problems: list[Problem], cfg: Config, *round_) -> Batch:
-    """Sample the groups of these problems, with the log-probabilities that the ratio is against."""
-    generator = rng(run.model.device, cfg.seed, "sample", run.step, *round_)
-    batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], cfg.group_size, cfg.max_new_tokens,
-                   cfg.temperature, cfg.top_p, generator, cfg.cache_tokens)
-    batch.problems = problems
-    settle_behavior(run, batch, cfg)
-    return batch
-
-
-def fill_up(run: Run, batch: Batch, problems: list[Problem], cfg: Config, failures: Counter):
-    """More rounds of prompts until Q groups are mixed: the Q groups to train on, mixed ones first, and mu.
-
-    mu, and `failures`, are over every sample drawn: over the kept groups alone mu would be pulled towards 1/2.
-    Source: DAPO.
-    """
-    Q, batches, rewards = cfg.prompts_per_step, [batch], batch.rewards  # (q, G)
-    for round_ in range(1, cfg.dynamic_sampling + 1):
-        if (rewards.amax(1) > rewards.amin(1)).sum() < Q:
-            batches.append(ask(run, problems[round_ * Q:(round_ + 1) * Q], cfg, round_))
-            failures.update(fill_in_rewards(run, batches[-1], cfg, round_))
-            rewards = torch.cat([rewards, batches[-1].rewards])
-    mixed = rewards.amax(1) > rewards.amin(1)  # (q,)
-    groups = mixed.long().argsort(descending=True, stable=True)[:Q].tolist()
-    return joined(batches, groups), rewards.mean(dtype=torch.float64).item()
-
-
 def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, dict]:
-    """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics.
-
-    Any problems behind the first Q are for --dynamic-sampling.
-    """
+    """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics."""
     run.step, clock = run.step + 1, [time.perf_counter()]
-    step_on = step_with(run, cfg)
+    clips = {name: getattr(cfg, name) for name in ("clip_low", "clip_high") if getattr(cfg, name) is not None}
+    objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens, **clips)
+    how = dict(temperature=cfg.temperature, minibatches=cfg.minibatches, max_grad_norm=cfg.max_grad_norm,
+               microbatch_tokens=run.microbatch_tokens or cfg.microbatch_tokens)
 
     # 1. sample B_t ~ pi_theta_t
-    batch = ask(run, problems[:cfg.prompts_per_step], cfg)
+    batch = rollout(run, problems, cfg)
     clock.append(time.perf_counter())
-
     # 2. grade it; mu_t is the mean over every sample, before any is left out
-    failures = fill_in_rewards(run, batch, cfg)
+    batch.rewards, failures = grade_all(batch, problems, run.reward)  # (Q, G)
     mu = batch.rewards.mean(dtype=torch.float64).item()
-    if cfg.dynamic_sampling:
-        batch, mu = fill_up(run, batch, problems, cfg, failures)
     # 3. how much better each sample did than its group
-    batch.advantages = group_advantages(batch.rewards, BASES[cfg.base].normalize_std)  # (Q, G)
+    batch.advantages = group_advantages(batch.rewards, objective.normalize_std)  # (Q, G)
     if cfg.mask_truncated:  # their group's mean and spread, and mu, keep them
         batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0
     clock.append(time.perf_counter())
@@ -684,21 +520,21 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     if coefficient:
         pi_rewards = improvement_rewards(run.previous.advantages, coefficient)  # (Q, G)
         if pi_rewards.any():
-            verification = step_on(run.previous, pi_rewards, lr=cfg.pi_lr or cfg.lr)
+            verification = update(run.model, run.optimizer, run.previous, pi_rewards, objective,
+                                  lr=cfg.pi_lr or cfg.lr, **how)
         else:
             coefficient, verdict = 0.0, "zero_signal"
     clock.append(time.perf_counter())
-
     # 7. exploration: the base algorithm's step on B_t, its ratio still against the policy that sampled it
+    if cfg.kl_coef:  # in this step alone
+        objective = objective._replace(kl_coef=cfg.kl_coef)
+        batch.ref_logprobs = reference_logprobs(run, batch, cfg)
     for _ in range(cfg.epochs):
-        exploration = step_on(batch, batch.advantages, lr=cfg.lr, reference=run.reference)
+        exploration = update(run.model, run.optimizer, batch, batch.advantages, objective, lr=cfg.lr, **how)
     clock.append(time.perf_counter())
-
     # 8. push mu_t, once, after it was read; keep B_t
     run.tracker.push(mu)
-    if feedback:
-        run.past_xi.append(feedback.xi)
-    run.previous = batch
+    run.previous, run.microbatch_tokens = batch, exploration["microbatch_tokens"]
     phases = ("sample", "grade", "verification", "exploration")
     return batch, {
         "step": run.step, "mu": mu, "feedback": verdict, "coefficient": coefficient,
@@ -715,9 +551,8 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
 
 def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
     """The prompts of a step: consecutive pieces of one fresh shuffle an epoch, found from the step alone."""
-    n = len(problems)
-    per_step = cfg.prompts_per_step * (1 + cfg.dynamic_sampling)  # those of later rounds may not be needed
-    places = range((step - 1) * per_step, step * per_step)
+    n, Q = len(problems), cfg.prompts_per_step
+    places = range((step - 1) * Q, step * Q)
     orders = {epoch: torch.randperm(n, generator=rng("cpu", cfg.seed, "order", epoch)).tolist()
               for epoch in {place // n for place in places}}
     return [problems[orders[place // n][place % n]] for place in places]
@@ -726,25 +561,26 @@ def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Probl
 def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generator=None) -> dict:
     """pass@1 of each held-out set, the mean over --eval-samples a problem, its standard error over problems.
 
-    With several samples also the unbiased pass@k (2107.03374) for k = 2, 4, ...; `eval_*` is the mean over sets.
+    It is called "reward" where a function of the user's own gives it. With several samples also the unbiased
+    pass@k (2107.03374) for k = 2, 4, ... where rewards are 0 or 1; `eval_*` is the mean over the sets.
     """
     start, scores, n = time.perf_counter(), {}, cfg.eval_samples
+    measure = "pass@1" if run.reward is None else "reward"
     temperature = cfg.temperature if cfg.eval_temperature is None else cfg.eval_temperature
+    few = FEW_PROBABILITIES // run.model.get_input_embeddings().num_embeddings
     for name, problems in held_out.items():
-        batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens,
-                       temperature, cfg.eval_top_p or cfg.top_p, generator, cfg.cache_tokens)
+        batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens, temperature,
+                       cfg.top_p, generator, run.cache_tokens, max(few, cfg.prompts_per_step * cfg.group_size))
         rewards = grade_all(batch, problems, run.reward)[0].double()  # (Q, n)
-        scores[f"eval/{name}/pass@1"] = rewards.mean().item()
+        scores[f"eval/{name}/{measure}"] = rewards.mean().item()
         scores[f"eval/{name}/stderr"] = rewards.mean(1).std(correction=0).item() / math.sqrt(len(problems))
         scores[f"eval/{name}/truncated"] = batch.truncated.float().mean().item()
-        is_right_or_wrong = torch.isin(rewards, torch.tensor([0.0, 1.0], device=rewards.device)).all()
+        is_right_or_wrong = torch.equal(rewards, (rewards == 1).double())
         for k in (2**i for i in range(1, n.bit_length() if is_right_or_wrong else 1)):
             misses = [math.comb(n - int(c), k) / math.comb(n, k) for c in rewards.sum(1)]
             scores[f"eval/{name}/pass@{k}"] = 1 - statistics.mean(misses)
-    for key in ("pass@1", "stderr", "truncated"):
-        values = [scores[f"eval/{name}/{key}"] for name in held_out]
-        size = math.hypot(*values) if key == "stderr" else sum(values)
-        scores[f"eval_{key}"] = size / len(values)
+    for key, total in ((measure, sum), ("stderr", lambda errors: math.hypot(*errors)), ("truncated", sum)):
+        scores[f"eval_{key}"] = total([scores[f"eval/{name}/{key}"] for name in held_out]) / len(held_out)
     return scores | {"seconds_evaluation": time.perf_counter() - start}
 
 
@@ -757,43 +593,36 @@ def pick_samples(batch: Batch, step: int, show: bool) -> list[dict]:
                       "reward": flat[i].item(), "truncated": cut})
         if show:
             asked, given = " ".join(problem.text.split())[-100:], " ".join(text.split())[-300:]
-            tqdm.write(f"step {step}, reward {flat[i]:g}, answer {problem.answer}: {asked} -> {given}"
-                       + " [cut off]" * cut)
+            say(f"step {step}, reward {flat[i]:g}, answer {problem.answer}: {asked} -> {given}" + " [cut off]" * cut)
     return picks
 
 
-def held_out_names(cfg: Config) -> list[str]:
-    """The data sets to evaluate on."""
-    names = [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
-    return names if cfg.eval_every else []
-
-
 def load_reward(spec: str):
-    """The function that `file.py:name` names."""
+    """The function that `file.py:name` names, of the file imported as a module."""
     path, _, name = spec.rpartition(":")
-    sys.path.append(str(Path(path).absolute().parent))  # for what stands beside it
-    with explained_as(f"--reward is {spec!r}, and that file does not run"):
-        found = runpy.run_path(path).get(name) if Path(path).is_file() else None
-    if not callable(found):
-        raise UserError(f"--reward is {spec!r}: it must be file.py:function; {path} has no function {name!r}")
-    return found
+    sys.path.insert(0, str(Path(path).absolute().parent))  # for what stands beside it, too
+    with explained_as(f"--reward is {spec!r}: it must be file.py:function"):
+        module = import_module(Path(path).stem)
+        if not Path(path).samefile(module.__file__):
+            raise ValueError(f"{Path(path).stem} is another module's name, rename the file")
+        return getattr(module, name)
 
 
 @contextmanager
-def open_tracker(cfg: Config, out: Path):
-    """Yields a function that sends a row of metrics to --tracker, whose package is imported only when asked for."""
-    if cfg.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(out) as writer:
-            yield lambda row: [writer.add_scalar(name, value, row["step"]) for name, value in row.items()
-                               if isinstance(value, (int, float))]
-    elif cfg.tracker:
-        service = importlib.import_module(cfg.tracker)
-        service.init(project="pipo", name=out.name, config=asdict(cfg))
-        yield lambda row: service.log(row, step=row["step"])
-        service.finish()
-    else:
+def open_tracker(cfg: Config, run: Run):
+    """Yields a function that sends a row of metrics to --tracker; trackio has wandb's three calls."""
+    if not cfg.tracker:
         yield lambda row: None
+        return
+    service = import_module(cfg.tracker)  # only when asked for
+    given = os.environ.setdefault("WANDB_RUN_ID", run.name)  # the same when resumed
+    service.init(project=os.environ.get("WANDB_PROJECT", "pipo"), name=run.name, config=asdict(cfg), resume="allow")
+    try:
+        yield lambda row: service.log(row, step=row["step"])
+    finally:
+        service.finish()
+        if given == run.name:  # or the next run of this process would go on with this one
+            del os.environ["WANDB_RUN_ID"]
 
 
 def set_up(cfg: Config, out: Path, state: dict | None, reward):
@@ -801,95 +630,89 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
 
     Cheap checks come before expensive ones, and files of an earlier run are deleted last.
     """
-    device = pick_device(cfg)
-    if state:  # not to be decided anew
-        cfg = replace(cfg, dtype=state["dtype"], optimizer_device=state["optimizer_device"],
-                      cache_tokens=cfg.cache_tokens or state["cache_tokens"])
+    device, path, own = pick_device(cfg), cfg.model or str(out / "start"), reward is not None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: in decoding, for every token
     if cfg.model:
-        path = cfg.model
-        with torch.device("meta"):  # shapes only
-            shapes = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_config(
-                load_config(path), dtype=torch.bfloat16, trust_remote_code=False))
-        cfg, table = plan_memory(shapes, cfg, device, out)
-        tqdm.write(f"memory, as far as it can be told beforehand:\n{table}")
         rows = load_rows(cfg.dataset, "train") if cfg.steps else None
-        eval_sets = {name: load_rows(name, "test") for name in held_out_names(cfg)}
+        eval_sets = {name: load_rows(name, "test") for name in cfg.eval_dataset}
     else:
-        path, cfg = str(out / "start"), replace(cfg, dtype=cfg.dtype.replace("auto", "float32"))
         eval_rows, warm, rows = demo_rows(cfg.seed)
         eval_sets = {"demo": eval_rows} if cfg.eval_every else {}
         if not state:
             build_demo(path, cfg, warm, device)
-    tokenizer = load_or_explain(
-        path, "tokenizer of", lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    held_out, own = {}, reward is not None
+    if state:  # not to be decided anew
+        cfg = replace(cfg, **{name: state["config"][name] for name in ("dtype", "optimizer_device")})
+    cfg = fit_memory(cfg, path, device)
+    with explained_as(f"the tokenizer of {path} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own) if cfg.steps else []
-    for name, eval_rows in eval_sets.items():
-        found = read_problems(eval_rows, tokenizer, cfg, name, own, trained_on=problems)
-        label = Path(name).stem
-        while label in held_out:
-            label += "+"
-        held_out[label] = found[:cfg.eval_limit or None]
-    asked = [p.prompt for some in (problems, *held_out.values()) for p in some]
-    check_positions(path, max(map(len, asked)) + cfg.max_new_tokens)
+    held_out = {}
+    for name, rows in eval_sets.items():
+        label = Path(name).stem if Path(name).stem not in held_out else name
+        held_out[label] = read_problems(rows, tokenizer, cfg, name, own, trained_on=problems)
+    prompts = [problem.prompt for some in (problems, *held_out.values()) for problem in some]
+    check_positions(path, max(map(len, prompts)) + cfg.max_new_tokens)
     torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
     model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
     # vocab_size leaves out added tokens, which matter in a prompt only: gemma-3-1b has no row for its image's
-    highest = max(tokenizer.vocab_size - 1, *map(max, asked))
+    highest = max(tokenizer.vocab_size - 1, *map(max, prompts))
     if highest >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {path} has a token {highest}, but the model no embedding for it")
     if cfg.kl_coef:
         reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
+    optimizer = make_optimizer(model, cfg) if cfg.steps else None
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
-    run = Run(model, tokenizer, make_optimizer(model, cfg) if cfg.steps else None, tracker, reference, reward)
-    run.read = fingerprints(run, problems, held_out, cfg)
+    run = Run(model, tokenizer, optimizer, tracker, reference, reward, name=f"{out.name}-{time.time():.0f}")
+    run.cache_tokens = cfg.cache_tokens or (state or {}).get("cache_tokens") or cache_room(run, cfg)
     if state:
-        load_checkpoint(run, state, out)
+        load_checkpoint(run, state, problems, out)
     else:
         clear_run(out)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
     return run, problems, held_out, cfg
 
 
-def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, settings: dict, out: Path, track):
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Path, track) -> None:
     """Iterations until cfg.steps or a signal to stop, with evaluations, rows of metrics, and checkpoints."""
-    saved, save_seconds = time.perf_counter(), {}
-
-    def log(row, with_evaluation):
-        if with_evaluation:  # each time with the same random numbers
+    def finish(row, is_evaluated):
+        if is_evaluated:  # each time with the same random numbers
             row |= evaluate(run, held_out, cfg, rng(run.model.device, cfg.seed, "evaluation"))
-            for name in held_out:
-                told = {key.rpartition("/")[2]: row[key] for key in row if key.startswith(f"eval/{name}/")}
-                scores = ", ".join(f"{key} {value:.3f}" for key, value in told.items())
-                tqdm.write(f"step {run.step}: {name} {scores}")
+            scores = [f"{key[5:]} {row[key]:.3f}" for key in row if key.startswith("eval/")]
+            say(f"step {run.step}: {', '.join(scores)}")
         append_jsonl(out / "metrics.jsonl", row)
         track(row)
 
     if run.step == 0 and held_out:
-        log({"step": 0}, with_evaluation=True)
+        finish({"step": 0}, is_evaluated=True)
+    saved, failure = run.step, None
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
-        while run.step < cfg.steps:
+        while run.step < cfg.steps and not caught and not failure:
+            row = None
             try:
                 batch, row = iteration(run, pick_problems(problems, run.step + 1, cfg), cfg)
+                row["memory_gb"] = peak_memory_gb(run.model.device)
+                finish(row, held_out and (run.step == cfg.steps or run.step % cfg.eval_every == 0))
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
-            last = run.step == cfg.steps
-            evaluate_now = held_out and (last or run.step % cfg.eval_every == 0)
-            log(row | save_seconds | {"memory_gb": peak_memory_gb(run.model.device)}, evaluate_now)
+            except RewardError as error:
+                failure = error
+                if row is None:  # no weight has changed
+                    run.step -= 1
+                    break
+                finish(row, is_evaluated=False)
             show = cfg.show_every and run.step % cfg.show_every == 0
             append_jsonl(out / "samples.jsonl", *pick_samples(batch, run.step, show))
             bar.set_postfix({name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None})
             bar.update()
-            begun, save_seconds = time.perf_counter(), {}
-            overdue = begun - saved > 60 * cfg.save_minutes
-            save_now = last or caught or overdue or run.step % (cfg.save_every or cfg.steps) == 0
-            if cfg.save_every and save_now:
-                save_checkpoint(run, settings, cfg, out)
-                saved = time.perf_counter()
-                save_seconds = {"seconds_save": saved - begun}  # in the next row: this one is saved
-            if caught and save_now and not last:  # a signal during the save need not wait for another step
-                how = "--resume (without --overwrite) goes on" if cfg.save_every else "nothing was saved"
-                raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
+            if cfg.save_every and run.step % cfg.save_every == 0:
+                saved = save_checkpoint(run, problems, cfg, out, saved)
+        if cfg.save_every and saved < run.step:
+            saved = save_checkpoint(run, problems, cfg, out, saved)
+    if failure:
+        raise failure
+    if caught and run.step < cfg.steps:
+        how = f"--resume goes on after step {saved}" if cfg.save_every else "nothing was saved"
+        raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
 
 
 def train(cfg: Config, reward=None) -> list[dict]:
@@ -899,23 +722,19 @@ def train(cfg: Config, reward=None) -> list[dict]:
     UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
     KeyboardInterrupt, its message saying how to go on, after a signal to stop.
     """
-    validate(cfg)
-    settings = asdict(cfg)  # as they were given, blanks and all
-    if cfg.reward and reward is None:
-        reward = load_reward(cfg.reward)
-    with run_folder(cfg) as out:
-        run, problems, held_out, cfg = set_up(cfg, out, open_run(cfg, out), reward)
-        size, tested = run.model.num_parameters() / 1e6, sum(map(len, held_out.values()))
-        tqdm.write(f"{cfg.base} with feedback {cfg.feedback}: {size:,.1f}M parameters on {run.model.device}; "
-                   f"{len(problems):,} training and {tested:,} held-out problems; steps {run.step + 1} to "
-                   f"{cfg.steps} of {cfg.prompts_per_step} prompts x {cfg.group_size} samples; files: {out}")
-        with open_tracker(cfg, out) as track:
-            loop(run, problems, held_out, cfg, settings, out, track)
-        if cfg.steps:
-            save_model(run, out / "model")
-        rows = read_jsonl(out / "metrics.jsonl")
-    verdicts = Counter(row["feedback"] for row in rows if "feedback" in row)
-    print(f"feedback: {dict(verdicts)}; the run's files are in {out}")
+    cfg = settled(cfg, own_reward=reward is not None)
+    reward = reward or (load_reward(cfg.reward) if cfg.reward else None)
+    out = Path(cfg.out)
+    run, problems, held_out, cfg = set_up(cfg, out, open_run(cfg, out), reward)
+    size, tested = run.model.num_parameters() / 1e6, sum(map(len, held_out.values()))
+    say(f"{cfg.base} with feedback {cfg.feedback}: {size:,.1f}M parameters on {run.model.device}; {len(problems):,} "
+        f"training and {tested:,} held-out problems; {run.step} of {cfg.steps} steps done; files: {out}")
+    with open_tracker(cfg, run) as track:
+        loop(run, problems, held_out, cfg, out, track)
+    if cfg.steps:
+        save_model(run, cfg.model or str(out / "start"), cfg, out)
+    rows = read_jsonl(out / "metrics.jsonl")
+    say(f"feedback: {dict(Counter(row['feedback'] for row in rows if 'feedback' in row))}; files: {out}")
     return rows
 
 
@@ -926,48 +745,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """N completions, the G of a prompt side by side. Padding stands behind; `mask` says what was sampled."""
-    prompts: list[list[int]]  # N lists of token ids
-    tokens: Tensor  # (N, T) sampled token ids
-    mask: Tensor  # (N, T) 1 on every sampled token, the EOS that ended it included
-    behavior_logprobs: Tensor  # (N, T) under the policy that sampled, at the sampling temperature
-    truncated: Tensor  # (N,) True where the length limit cut it off
-    texts: list[str]  # N decoded completions
-    cache_tokens: int | None = None  # the room that was left for the cache: less if memory ran out
-    out_of_memory: int = 0  # how often it did
-    rewards: Tensor | None = None  # (Q, G) filled in once the completions are graded
-    advantages: Tensor | None = None  # (Q, G)
-    problems: list[Problem] | None = None  # Q, what was asked
-
-    def lengths(self) -> Tensor:
-        """Tokens of each prompt and its completion (N,), on the CPU."""
-        return torch.tensor(list(map(len, self.prompts))) + self.mask.sum(1).long().cpu()
-
-    def metrics(self) -> dict:
-        """What a graded batch says of the policy's health."""
-        n_tokens = self.mask.sum().item()
-        return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens, "tokens": int(n_tokens),
-                "completion_length": n_tokens / len(self.prompts), "cache_tokens": self.cache_tokens,
-                "truncated": self.truncated.float().mean().item(), "out_of_memory": self.out_of_memory,
-                "zero_signal": (self.advantages == 0).all(1).float().mean().item()}
-
-
-def joined(batches: list[Batch], groups: list[int]) -> Batch:
-    """These groups, counted through several graded batches, as one batch."""
-    G = batches[0].rewards.shape[1]
-    rows = [group * G + i for group in groups for i in range(G)]  # N
-
-    def chosen(name, places=rows):
-        every = [item for batch in batches for item in getattr(batch, name)]
-        return [every[i] for i in places]
-
-    names = ("tokens", "mask", "behavior_logprobs")
-    tensors = [pad_sequence(chosen(name), batch_first=True) for name in names]  # (N, T) each
-    return Batch(chosen("prompts"), *tensors, torch.stack(chosen("truncated")), chosen("texts"),
-                 batches[-1].cache_tokens, sum(batch.out_of_memory for batch in batches),
-                 torch.stack(chosen("rewards", groups)), problems=chosen("problems", groups))
+# Rows times V of a wave: probabilities of so many tokens take little room (64 MB), whatever Q and G are.
+FEW_PROBABILITIES = 2_000_000
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -1087,11 +866,11 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     return caches, torch.cat(logits)[rows], seen[rows], rows
 
 
-def decode_chunk(model, cache, seen, token, logits, steps, temperature, top_p, generator):
+def decode_chunk(model, cache, seen, token, logits, steps, pick):
     """Draw `steps` tokens for each of n rows; nothing is read back meanwhile, so that the GPU never waits.
 
-    seen (n, P); the last token drawn (n,), not in the cache yet, or None and the next one's logits (n, V).
-    Returns tokens (n, steps), their log-probabilities, and `seen` as it is now.
+    seen (n, P); the last token drawn (n,), not in the cache yet, or None and the next one's logits (n, V);
+    `pick` is `draw` with its settings. Returns tokens (n, steps), their log-probabilities, and `seen` as it is now.
     """
     tokens, logprobs, name = [], [], cache_name(model)
     config = model.config.get_text_config()
@@ -1105,7 +884,7 @@ def decode_chunk(model, cache, seen, token, logits, steps, temperature, top_p, g
             mask = seen[:, None, None].bool() if is_plain else seen
             logits = model(token[:, None], attention_mask=mask, position_ids=position_ids, use_cache=True,
                            **{name: cache}).logits[:, -1]  # (n, V)
-        token, logprob = draw(logits, temperature, top_p, generator)  # (n,), (n,)
+        token, logprob = pick(logits)  # (n,), (n,)
         tokens.append(token)
         logprobs.append(logprob)
     return torch.stack(tokens, 1), torch.stack(logprobs, 1), seen
@@ -1131,53 +910,47 @@ class Row:
         self.ended = self.tokens[-1] in eos or len(self.tokens) == limit
 
 
-def decode(tokenizer, completions: list[list[int]], eos: set[int]) -> list[str]:
-    """Texts of completions without their ends and special tokens, but with the marks of a thought."""
-    thoughts = {tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")}
-    hidden = set(tokenizer.all_special_ids) - thoughts | eos  # all ends, where the tokenizer knows only one
-    return [tokenizer.decode([token for token in tokens if token not in hidden]) for tokens in completions]
+def carry_on(model, wave: list[Row], pick, eos: set[int], limit: int, room: int, chunk: int, prefill_tokens: int):
+    """Carry on rows, `chunk` tokens at a time, until each has ended or, where `room` gets scarce, has to wait."""
+    caches, logits, seen, kept = prefill(model, [(*row.prompt, *row.tokens) for row in wave], prefill_tokens)
+    token = None
+    while wave:
+        caches = [move_rows(caches, kept, chunk)]
+        steps = min(chunk, limit - min(len(row.tokens) for row in wave))
+        tokens, logprobs, seen = decode_chunk(model, caches[0], seen, token, logits, steps, pick)
+        if not logprobs.isfinite().all():
+            raise FloatingPointError("the model's probabilities are not finite")
+        for row, new_tokens, new_logprobs in zip(wave, tokens.tolist(), logprobs.tolist()):
+            row.take(new_tokens, new_logprobs, eos, limit)
+        alive = [k for k, row in enumerate(wave) if not row.ended]
+        fit = max(1, room // (seen.shape[1] + 1 + chunk))  # after one more chunk; the others wait
+        kept = torch.tensor(alive[:fit], dtype=torch.long, device=model.device)
+        wave, seen, token = [wave[k] for k in alive[:fit]], seen[kept], tokens[kept, -1]
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0,
-           generator=None, cache_tokens=None, chunk=None, prefill_tokens=16384) -> Batch:
+           generator=None, cache_tokens=None, rows_a_wave=None, chunk=None, prefill_tokens=16384) -> Batch:
     """Sample `group_size` completions of each of Q prompts (lists of token ids); temperature 0 is greedy.
 
-    Works in waves of as many rows as the cache has room for. Every `chunk` tokens the rows that have ended are
-    dropped, and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a later wave, which
-    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried
-    again, the first time with the same room, later with less; only a single row that does not fit raises.
-    Raises FloatingPointError where the model's probabilities are not finite.
+    Works in waves of as many rows as the cache has room for, at most `rows_a_wave`. Every `chunk` tokens the rows
+    that have ended are dropped, and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a
+    later wave, which reads in what they have so far. Running out of memory is no more than that: the wave ends,
+    and is tried again, the first time with the same room, later with less; only a single row that does not fit
+    raises. Raises FloatingPointError where the model's probabilities are not finite.
     """
     model.eval()
     device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens or sys.maxsize
     chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that has ended is carried on to the chunk's end
+    pick = partial(draw, temperature=temperature, top_p=top_p, generator=generator)
     rows = [Row(prompt) for prompt in prompts for _ in range(group_size)]  # N
-
-    def carry_on(wave):
-        """Carry on these rows until each has ended or has to wait."""
-        caches, logits, seen, kept = prefill(model, [(*r.prompt, *r.tokens) for r in wave], prefill_tokens)
-        token = None
-        while wave:
-            caches = [move_rows(caches, kept, chunk)]
-            steps = min(chunk, max_new_tokens - min(len(row.tokens) for row in wave))
-            tokens, logprobs, seen = decode_chunk(
-                model, caches[0], seen, token, logits, steps, temperature, top_p, generator)
-            if not logprobs.isfinite().all():
-                raise FloatingPointError("the model's probabilities are not finite")
-            for row, new_tokens, new_logprobs in zip(wave, tokens.tolist(), logprobs.tolist()):
-                row.take(new_tokens, new_logprobs, eos, max_new_tokens)
-            alive = [k for k, row in enumerate(wave) if not row.ended]
-            fit = max(1, room // (seen.shape[1] + 1 + chunk))  # after one more chunk; the others wait
-            kept = torch.tensor(alive[:fit], dtype=torch.long, device=device)
-            wave, seen, token = [wave[k] for k in alive[:fit]], seen[kept], tokens[kept, -1]
-
     waiting, out_of_memory = rows, 0
     while waiting:
         waiting = sorted(waiting, key=len)  # alike in length: little padding
-        n = max(1, sum(k * (len(row) + chunk) <= room for k, row in enumerate(waiting, 1)))  # that fit
+        fitting = sum(k * (len(row) + chunk) <= room for k, row in enumerate(waiting, 1))
+        n = max(1, min(fitting, rows_a_wave or fitting))
         try:
-            carry_on(waiting[:n])
+            carry_on(model, waiting[:n], pick, eos, max_new_tokens, room, chunk, prefill_tokens)
         except torch.OutOfMemoryError:
             out_of_memory += 1
             if n == 1:
@@ -1193,10 +966,11 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
     mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
-    texts = decode(tokenizer, [row.tokens for row in rows], eos)
+    # Ends, padding and BOS are hidden; other special tokens, as those of a thought or a tool, can be the answer's.
+    hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id} | eos
+    texts = [tokenizer.decode([token for token in row.tokens if token not in hidden]) for row in rows]
     left = None if room == sys.maxsize else room
-    prompts = [row.prompt for row in rows]
-    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
+    return Batch([row.prompt for row in rows], tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1593,8 +1367,6 @@ def readable(answer: str) -> bool:
 def verify(completion: str, answer: str, thinking: bool = False) -> float:
     """1.0 if the final answer of a completion equals the given answer, else 0.0; see `grade`."""
     return grade(completion, answer, thinking)[0]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Data and models. All that touches the hub, a dataset or a chat template, so that the rest sees token ids and
 # tensors.
@@ -1603,54 +1375,32 @@ def verify(completion: str, answer: str, thinking: bool = False) -> float:
 ASKING = ("prompt", "problem", "question", "messages")  # the first of these columns asks
 # Each row's answer is in the first of these that has one.
 ANSWERING = ("reward_model", "final_answer", "expected_answer", "answer", "ground_truth", "solution")
+PART_OF_QUESTION = {"choices", "options", "context", "passage"}  # columns that are not read, which is said
 MARKED = re.compile(r"\\(?:boxed|fbox)|####")  # a text that says what in it is the answer
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 ROLES = {"human": "user", "gpt": "assistant"}
-READERS = {".parquet": {"path": "parquet"}, ".jsonl": {"path": "json"}, ".json": {"path": "json"},
-           ".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}}
-
-
-class Problem(NamedTuple):
-    """One question with its answers, ready to be asked."""
-    text: str  # the question, for people
-    prompt: list[int]  # token ids
-    answer: str  # the first gold, for people; "" without any
-    golds: tuple[str, ...]  # any of them is right
-    row: dict  # of the dataset, whole, for a reward function of the user's own; otherwise {}
-    thinking: bool = False  # the prompt opens a thought, which the completion has to end
-
-
-def load_or_explain(name: str, what: str, load):
-    """load(), with the failure to find or read `name`, a path or a name on the hub, told in one sentence."""
-    if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name):
-        raise UserError(f"the {what} {name} does not exist")
-    with explained_as(f"the {what} {name} can be read neither here nor from the hub"):
-        return load()
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
     """The rows of a file, a folder or a hub dataset: those of `split`, or of what comes nearest to it."""
     path, (hub_name, _, config) = os.path.expanduser(name), name.partition(":")
-    is_file, is_folder, ending = os.path.isfile(path), os.path.isdir(path), Path(path).suffix.lower()
-    literal = glob.escape(os.path.abspath(path))  # datasets would read br1.jsonl for br[1].jsonl
-    if is_file and (ending not in READERS or os.path.getsize(path) == 0):
-        raise UserError(f"the dataset {name} is empty or not a {', '.join(READERS)} file")
-    saved = os.path.exists(f"{path}/state.json") or os.path.exists(f"{path}/dataset_dict.json")
-    if is_folder and not saved and literal != os.path.abspath(path):
-        raise UserError(f"the folder {name} has a [, ? or * in its path, a pattern to datasets: rename it")
-    source = {"path": path} if is_folder else {"path": hub_name, "name": config or None}
-    if is_file:
-        source = READERS[ending] | {"data_files": literal}
-    load = partial(datasets.load_from_disk, path) if saved else partial(datasets.load_dataset, **source)
-    splits = load_or_explain(path, "dataset", load)
+    ending = Path(path).suffix.lower() if os.path.isfile(path) else None
+    without = "" if split == "train" else " (--eval-every 0 does without it)"
+    with explained_as(f"the dataset {name} can be read neither here nor from the hub{without}"):
+        if ending:
+            if ending not in READERS:
+                raise ValueError(f"it is not a {', '.join(READERS)} file")
+            options = {"sep": "\t"} if ending == ".tsv" else {}  # escape: or br1.jsonl is read for br[1].jsonl
+            splits = datasets.load_dataset(READERS[ending], data_files=glob.escape(os.path.abspath(path)), **options)
+        elif os.path.exists(f"{path}/state.json") or os.path.exists(f"{path}/dataset_dict.json"):
+            splits = datasets.load_from_disk(path)
+        else:
+            splits = datasets.load_dataset(path if os.path.isdir(path) else hub_name, config or None)
     if isinstance(splits, datasets.Dataset):  # saved to disk without splits
         return splits
-    wanted = (split, "validation", "valid", "val", "dev", *splits)  # best first
-    found = next((candidate for candidate in wanted if candidate in splits), None)
-    if found is None:
-        raise UserError(f"the dataset {name} has no rows")
-    if found != split and not is_file:  # a file has no other
-        tqdm.write(f"the dataset {name} is read from its split {found!r}")
+    found = next(name for name in (split, "validation", "valid", "val", "dev", *splits) if name in splits)
+    if found != split and not ending:  # a file has no other
+        say(f"note: the dataset {name} is read from its split {found!r}")
     return splits[found]
 
 
@@ -1659,16 +1409,18 @@ def find_columns(rows, columns: str, name: str, own_reward: bool, held_out: bool
 
     Held-out problems may lack those of --columns. A reward function of one's own needs no answers.
     """
-    there = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0] if rows else ())
+    present = getattr(rows, "column_names", None) or list(*rows[:1])
     asking, *answering = [column.strip() for column in columns.split(",")]
-    if not columns or held_out and not {asking, *answering} <= set(there):
-        spelled = {column.lower(): column for column in sorted(there)}  # Problem is problem
+    if not columns or held_out and not {asking, *answering} <= set(present):
+        spelled = {column.lower(): column for column in sorted(present)}  # Problem is problem
         asking = next((spelled[column] for column in ASKING if column in spelled), None)
         answering = [spelled[column] for column in ANSWERING if column in spelled]
-    if not {asking, *answering} <= set(there) or not (answering or own_reward):
-        given = f"--columns is {columns!r}, but " if columns else ""
-        raise UserError(f"{given}{name} has the columns {', '.join(there) or '(none)'}; understood are "
-                        f"{', '.join(ASKING)} + {', '.join(ANSWERING)}, or as --columns question,answer says")
+    if not {asking, *answering} <= set(present) or not (answering or own_reward):
+        raise UserError(f"{name} has the columns {', '.join(present) or '(none)'}: name two as in --columns "
+                        f"question,answer; known are {', '.join(ASKING)} + {', '.join(ANSWERING)}")
+    unread = sorted(PART_OF_QUESTION.intersection(present) - {asking, *answering})
+    if unread:
+        say(f"note: only the column {asking} of {name} is asked, not {', '.join(unread)}")
     return asking, answering
 
 
@@ -1693,11 +1445,10 @@ def read_golds(cell, worked: bool = False) -> list[str]:
     return [] if none else [answer]
 
 
-def read_messages(cell, system: str = "") -> list[dict]:
+def read_messages(cell) -> list[dict]:
     """The messages of a prompt, a text being one of the user's; [] where one has no role or is not all text.
 
-    Understands {"role", "content"} and {"from", "value"}, and contents in parts. `system` is put in front
-    where there is no such message.
+    Understands {"role", "content"} and {"from", "value"}, and contents in parts.
     """
     messages = []
     for turn in cell if isinstance(cell, list) else [{"role": "user", "content": cell}]:
@@ -1708,8 +1459,6 @@ def read_messages(cell, system: str = "") -> list[dict]:
         if not role or not all(isinstance(text, str) for text in texts):
             return []
         messages.append({"role": ROLES.get(str(role), str(role)), "content": "".join(texts)})
-    if system and all(message["role"] != "system" for message in messages):
-        messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
@@ -1739,59 +1488,57 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = Fa
     # A solution is worked out if any is marked, or if another column has the answers; otherwise it is bare.
     worked = [column for column in answering if column.lower() == "solution"
               and (len(answering) > 1 or any(MARKED.search(str(row[column])) for row in rows))]
-    problems, left_out = [], Counter()
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marks = [token for token in special if token in str(tokenizer.chat_template)]
+    problems, left_out, notes, prompts = [], Counter(), Counter(), {}
     for number, row in enumerate(rows, 1):
         golds = next(filter(None, (read_golds(row[column], column in worked) for column in answering)), [])
-        messages = read_messages(row[asking], cfg.system)
+        messages = read_messages(row[asking])
+        if asking.lower() == "messages" and messages and messages[-1]["role"] == "assistant":
+            notes["end in an assistant's answer, which the model is not shown"] += 1
+            messages.pop()
         text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+        notes["hold tokens of the chat template, into which they are put once more"] += any(m in text for m in marks)
         if isinstance(row[asking], str) and "\\boxed" not in text:
             messages[-1]["content"] += cfg.instruction
-        broken = SURROGATE.search("".join([*golds, *(message["content"] for message in messages)]))
-        reason = ("without an answer" if not golds and not own_reward else
-                  "without a question in text" if not text.strip() else
-                  "with broken UTF-8" if broken else "")
-        with explained_as(f"row {number} of {name} cannot be made a prompt"):  # a template is a program
-            ids = [] if reason else encode(tokenizer, messages, cfg.thinking)
-        if not reason and not 0 < len(ids) <= cfg.max_prompt_tokens:
+        reason = "without an answer" if not golds and not own_reward else "without a question in text"
+        ids, key = [], json.dumps(messages)
+        if text.strip() and (golds or own_reward):
+            notes["ask what a row before them asks"] += key in prompts
+            with explained_as(f"row {number} of {name} cannot be made a prompt"):  # a template is a program
+                ids = prompts[key] = prompts.get(key) or encode(tokenizer, messages, cfg.thinking)
             reason = f"with a prompt over {cfg.max_prompt_tokens} tokens" if ids else "with no token to ask"
-        if reason:
+        if not 0 < len(ids) <= cfg.max_prompt_tokens:
             left_out[reason] += 1
-        else:
-            row = row if own_reward else {}  # rows can be large
-            thinking = tokenizer.decode(ids[-10:]).rstrip().endswith("<think>")
-            problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row, thinking))
-    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
-    if not problems:
-        raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
-    if reasons:
-        tqdm.write(f"left out of {name}: {reasons}")
-    as_text = [] if own_reward else [p.answer for p in problems if not any(map(readable, p.golds))]
-    if as_text:
-        tqdm.write(f"{len(as_text)} golds of {name} are compared as text only, such as {as_text[0]!r}")
-    known = {tuple(problem.prompt) for problem in trained_on or ()}
-    shared = sum(tuple(problem.prompt) in known for problem in problems)
-    if shared:
-        tqdm.write(f"warning: {shared} of the {len(problems)} held-out problems in {name} are trained on too")
+            continue
+        thinking = tokenizer.decode(ids[-10:]).rstrip().endswith("<think>")
+        row = row if own_reward else {}  # rows can be large
+        problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row, thinking))
+    report(problems, left_out, notes, name, own_reward, trained_on or [])
     return problems
 
 
-def base_folder(path: str) -> str:
-    """Where the weights of the model at `path` are: there, or where its adapters (of --lora) say."""
-    adapters = Path(path, "adapter_config.json")
-    with explained_as(f"{adapters} cannot be read"):
-        return json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else path
+def report(problems, left_out: Counter, notes: Counter, name: str, own_reward: bool, trained_on) -> None:
+    """Say what a user should know of the problems in a data set; UserError if there is none."""
+    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+    if not problems:
+        raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
+    as_text = [] if own_reward else [p.answer for p in problems if not any(map(readable, p.golds))]
+    known = {tuple(problem.prompt) for problem in trained_on}
+    notes["are trained on, too"] = sum(tuple(problem.prompt) in known for problem in problems)
+    notes[f"have an answer that is compared as text only, such as {as_text[:1]}"] = len(as_text)
+    for note, count in [(f"are left out: {reasons}", left_out.total()), *notes.items()]:
+        if count:
+            say(f"note: {count} rows of {name} {note}")
 
 
 def load_config(path: str):
-    """The configuration of the model at `path`, without dropout: the ratio must be 1 before the first update."""
-    config = load_or_explain(
-        path, "model", lambda: AutoConfig.from_pretrained(base_folder(path), trust_remote_code=False))
-    text = config.get_text_config()
-    for part in (config, text):
-        part.update({name: 0.0 for name, x in vars(part).items() if "drop" in name and isinstance(x, float)})
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise UserError(f"{path} has layers of the kind {', '.join(sorted(kinds))}: not supported")
+    """The configuration of the model at `path`, without dropout or noise: the ratio must begin at 1."""
+    with explained_as(f"the model {path} can be read neither here nor from the hub"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        part.update({name: 0.0 for name, x in vars(part).items()
+                     if isinstance(x, float) and re.search("drop|jitter|noise", name)})
     return config
 
 
@@ -1802,18 +1549,15 @@ def check_positions(path: str, longest: int) -> None:
     """Refuse a model whose positions `longest` tokens would break; warn where they are only beyond its training."""
     config = load_config(path).get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]  # one for all layers, or by kind
+    varying = [rope for rope in kinds if rope.get("rope_type") in DATA_ROPES]
     limit = getattr(config, "max_position_embeddings", None) or math.inf
-    for rope in (ropes, *ropes.values()):  # one for all layers, or one a kind of layer
-        if isinstance(rope, dict) and rope.get("rope_type") in DATA_ROPES:
-            limit = min(limit, rope.get("original_max_position_embeddings") or limit)
-            if longest > limit:
-                raise UserError(f"{path} turns positions otherwise beyond {limit:,} tokens, which the cache "
-                                f"cannot follow; a completion can end at {longest:,}: see --max-new-tokens")
-    if longest > limit and not ropes:
-        raise UserError(f"{path} has {limit:,} positions, but a prompt and its completion can take "
-                        f"{longest:,}: give a smaller --max-new-tokens")
+    limit = min([limit, *(rope.get("original_max_position_embeddings") or limit for rope in varying)])
+    if longest > limit and (varying or not ropes):
+        raise UserError(f"{path} has {limit:,} positions, or turns them otherwise beyond; a prompt and its "
+                        f"completion can take {longest:,}: give a smaller --max-new-tokens")
     if longest > limit:
-        tqdm.write(f"warning: {path} was made for {limit:,} tokens; a completion can end at {longest:,}")
+        say(f"warning: {path} was made for {limit:,} tokens; a completion can end at {longest:,}")
 
 
 def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainable: bool = True):
@@ -1821,19 +1565,12 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
 
     Raises UserError where that is no such model, or not all of it.
     """
-    model, found = load_or_explain(path, "model", lambda: AutoModelForCausalLM.from_pretrained(
-        base_folder(path), config=load_config(path), dtype=getattr(torch, dtype), trust_remote_code=False,
-        output_loading_info=True))
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}: they would be random")
-    if base_folder(path) != path:
-        if lora:
-            raise UserError(f"{path} holds adapters, which are not saved with new ones: train it without "
-                            "--lora, or merge it first")
-        with explained_as(f"the adapters in {path} cannot be loaded with the package peft"):
-            from peft import PeftModel
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    config = load_config(path)
+    with explained_as(f"the model {path} cannot be loaded"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys']))}, which would be random")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample, say, with which save_pretrained refuses to save
@@ -1865,8 +1602,13 @@ def trained_weights(model) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Memory. What it takes to train 4B parameters on one GPU: bf16 weights there, what AdamW needs in host memory,
-# and the rest of the card for the key-value cache. All worked out from the model's shapes before it is loaded.
+# and a share of what is then free on the card for the key-value cache. What runs out while sampling or training
+# is tried again in smaller pieces (sample, accumulate).
 # ------------------------------------------------------------------------------------------------------------
+
+RESIDENT_SHARE = 0.6  # of a card for weights, gradients and AdamW; with more, AdamW is in host memory
+CACHE_SHARE = 0.7  # of what is free, for the cache; the rest is for what a pass computes
+CGROUP = Path("/sys/fs/cgroup")  # where a container is told its limits
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -1877,27 +1619,21 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, weights, device, **options):
-        self.weights, device = list(weights), torch.device(device)
+        self.weights = list(weights)
         for weight in self.weights:
             weight.grad_dtype = torch.float32
         self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
         super().__init__(self.masters, fused=True, **options)
-        pinned = device.type == "cpu" and self.weights[0].is_cuda  # faster on the way
-        self.travels = self.masters[0].device != self.weights[0].device  # else nothing needs room on the way
-        largest = max(weight.numel() for weight in self.weights) if self.travels else 0
-        self.down = torch.empty(largest, device=device, pin_memory=pinned)
-        self.up = torch.empty(largest, dtype=self.weights[0].dtype, device=device, pin_memory=pinned)
 
     @torch.no_grad()
     def step(self):
         """One AdamW step of every weight that has a gradient."""
         for weight, master in zip(self.weights, self.masters):
             if weight.grad is not None:
-                n, travels = weight.numel(), self.travels
-                master.grad = self.down[:n].view_as(weight).copy_(weight.grad) if travels else weight.grad
+                master.grad = weight.grad.to(master.device)
                 super().step()  # of this one: no other has a gradient
                 master.grad = None
-                weight.copy_(self.up[:n].view_as(weight).copy_(master) if travels else master)
+                weight.copy_(master.to(weight.dtype))  # rounded first: half as much travels
 
     def zero_grad(self, set_to_none=True):
         for weight in self.weights:
@@ -1923,120 +1659,63 @@ def make_optimizer(model, cfg: Config):
     return MasterAdamW(weights, where, **options)
 
 
-CGROUP = Path("/sys/fs/cgroup")  # where a container is told its limits
+def number_in(path, pattern=r"(\d+)") -> float:
+    """A number that the system tells in a file; infinite where it does not."""
+    found = re.search(pattern, Path(path).read_text(), re.MULTILINE) if Path(path).exists() else None
+    return int(found[1]) if found else math.inf
 
 
-def free_memory(device: str) -> float:
+def free_memory(device: torch.device) -> float:
     """Bytes that can be had on a device now; infinite where the system does not tell."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # what an earlier run of this process has kept
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text() if meminfo.exists() else "")
-    free = int(found[1]) * 1024 if found else math.inf
-    if (CGROUP / "memory.max").exists() and (CGROUP / "memory.max").read_text().strip().isdigit():
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        files = re.findall(r"^(?:in)?active_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, limit - used + sum(map(int, files)))  # what was read can be forgotten
-    return free
+    limit, used = number_in(CGROUP / "memory.max"), number_in(CGROUP / "memory.stat", r"^anon (\d+)")  # no files
+    return min(number_in("/proc/meminfo", r"^MemAvailable: *(\d+)") * 1024, limit - used if limit < math.inf else limit)
 
 
-def peak_memory_gb(device) -> float | None:
-    """The most memory held so far: on the GPU, or by this process (None on Windows, which does not tell)."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """The most memory held so far: on the GPU, or by this process (None where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return None
-    import resource  # not there on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = number_in("/proc/self/status", r"^VmHWM:\s*(\d+)")
+    return peak / 2**20 if peak < math.inf else None
 
 
-def pass_sizes(shapes, cfg: Config, here: str, size: int) -> tuple[int, int, int, int]:
-    """Bytes that a token leaves in the cache, layers there, bytes of a training pass, and of a sampling one.
-
-    Without weights, gradients and cache. `size` is that of a number; `here` is "cpu" or "cuda".
-    """
-    for module in shapes.modules():  # some positions cannot be computed without data; here they do not matter
-        if getattr(module, "rope_type", None) in DATA_ROPES:
-            module.rope_type = "default"
-    one_token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    with torch.no_grad():  # what it leaves in the cache
-        layers = shapes(one_token, use_cache=True)[cache_name(shapes)].layers
-    cached = sum(layer.keys.numel() + layer.values.numel() for layer in layers) * size
-    c, gpu, lora = shapes.config.get_text_config(), here == "cuda", cfg.lora > 0
-    H, V, inner = c.hidden_size, c.vocab_size, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    # Of a token, for backward: gate, up and their product; norms, queries, keys, values, outputs, residuals.
-    layer = (3 * inner + 22 * H) * size
-    # A GPU keeps what goes into each layer (and 6 as wide behind them), and computes a layer again when its
-    # turn comes: with 4 gradients as wide as its gate. Adapters are given fp32 copies.
-    held = (len(layers) + 6) * H * size if gpu else len(layers) * layer
-    again = layer + 4 * inner * size + lora * (2 * inner + 24 * H) if gpu else 0
-    # The head's gradient is summed in fp32 over the chunks; besides, one at a time: a layer, a chunk's logits
-    # (3 fp32 copies), a chunk's gradient of the head (as computed, and in fp32).
-    tokens = max(cfg.microbatch_tokens, cfg.max_prompt_tokens + cfg.max_new_tokens)  # a row is never split
-    head = 0 if lora else V * H
-    training = tokens * held + head * 4
-    training += max(tokens * again, LOGITS_CHUNK[here] * V * 12, head * (size + 4))
-    # Besides the cache, one at a time: the next token's probabilities (logits twice, 2 fp32 copies, 2 fp64;
-    # top-p: a sort too), a layer that reads 16,384 tokens.
-    drawing = cfg.prompts_per_step * cfg.group_size * V * (48 if cfg.top_p < 1 else 32)
-    sampling = max(drawing, 16384 * ((3 * inner + 5 * H) * size + lora * 8 * inner))
-    return cached, len(layers), training, sampling
+def fit_memory(cfg: Config, path: str, device: torch.device) -> Config:
+    """cfg with dtype, optimizer_device and save_every filled in; UserError for what cannot fit, before loading."""
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
+    with torch.device("meta"), explained_as(f"{path} is not a causal language model"):  # shapes only
+        shapes = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
+    n = shapes.num_parameters()
+    models = 2 if cfg.kl_coef and not cfg.lora else 1  # the reference, too
+    trained = 0 if cfg.lora or not cfg.steps else n  # adapters are small
+    gradients, adam = trained * 4, trained * 12  # AdamW: fp32 weights, two moments
+    resident = models * n * getattr(torch, dtype).itemsize + gradients
+    fits = resident + adam < RESIDENT_SHARE * free_memory(device)
+    where = (device.type if fits else "cpu") if cfg.optimizer_device == "auto" else cfg.optimizer_device
+    needs = {device: resident + adam} if where == device.type else {device: resident, torch.device("cpu"): adam}
+    for place, needed in needs.items():
+        if needed > free_memory(place):
+            raise UserError(f"{n / 1e6:,.0f}M weights in {dtype}, gradients and AdamW take {needed / 2**30:.1f} GiB "
+                            f"on {place}, where {free_memory(place) / 2**30:.1f} are free: --lora 16 takes far less")
+    save_every = (50 if n > 1e9 else 10) if cfg.save_every is None else cfg.save_every
+    return replace(cfg, dtype=dtype, optimizer_device=where, save_every=save_every)
 
 
-def plan_memory(shapes, cfg: Config, device, out: Path) -> tuple[Config, str]:
-    """cfg with what it leaves open filled in for this model and device, and a table of the memory it takes.
-
-    `shapes` is the model on the meta device, `out` the folder of the run. Held against a simulation in
-    assets/test_memory_plan.py. Raises UserError for what cannot fit.
-    """
-    here = device.type
-    free = {"cpu": free_memory("cpu") * MEMORY_SHARE, here: free_memory(str(device)) * MEMORY_SHARE}
-    old_files = [file for path in run_files(out) for file in (path, *path.rglob("*")) if file.is_file()]
-    old_run = sum(file.stat().st_size for file in old_files)  # is replaced, or goes
-    free["disk"] = shutil.disk_usage(out).free + old_run
-    dtype = ("bfloat16" if here == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
-    size, parameters = getattr(torch, dtype).itemsize, shapes.num_parameters()
-    weights, trained, trained_size = parameters * size, parameters, size
-    if not cfg.steps:  # only to be evaluated
-        trained = 0
-    elif cfg.lora:
-        linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
-        trained, trained_size = cfg.lora * sum(m.in_features + m.out_features for m in linear), 4
-        weights += trained * 4
-    crowded = free[here] / 10 < trained * 12 < free["cpu"]
-    there = ("cpu" if crowded else here) if cfg.optimizer_device == "auto" else cfg.optimizer_device
-    adam = trained * (8 if trained_size == 4 and there == here else 12)  # two moments, and fp32 weights
-    if there != here and trained == parameters:  # `down` and `up` of MasterAdamW hold the largest weight
-        adam += max(weight.numel() for weight in shapes.parameters()) * (4 + size)
-
-    cached, n_layers, training, beside = pass_sizes(shapes, cfg, here, size)
-    N, longest = cfg.prompts_per_step * cfg.group_size, cfg.max_prompt_tokens + cfg.max_new_tokens
-    always = weights * (2 if cfg.kl_coef and not cfg.lora else 1) + (adam if there == here else 0)
-    left = max(0, free[here] - always)
-    room = min(left - beside, left * n_layers / (n_layers + 1)) / cached  # a layer moves at a time
-    cache_tokens = cfg.cache_tokens or int(min(max(0, room), N * longest))
-    sampling = cache_tokens * cached + max(beside, cache_tokens * cached / n_layers)
-    save_every = cfg.save_every if cfg.save_every is not None else 50 if parameters > 1e9 else 10
-    checkpoint = trained * 12  # fp32 weights, wherever they are, and the moments
-    kept = 2 * checkpoint * (save_every > 0) + weights * (1 + cfg.keep_models)  # the old one and the new
-    rows = [(f"{parameters / 1e6:,.1f}M weights in {dtype}", here, weights),
-            (f"AdamW, {trained / 1e6:,.1f}M trained", there, adam),
-            (f"training, {cfg.microbatch_tokens:,} tokens a pass", here, always + trained * 4 + training),
-            (f"sampling, {cache_tokens:,} tokens cached", here, always + sampling),
-            ("checkpoints and models", "disk", kept)]
-    for what, place, n in rows:
-        if n > free[place]:
-            raise UserError(
-                f"{what}, would take about {n / 2**30:.1f} GiB on {place}, where {free[place] / 2**30:.1f} "
-                "are free: --lora 16 takes far less; see also --optimizer-device, --microbatch-tokens, "
-                "--cache-tokens and, for the disk, --save-every 0")
-    if cache_tokens < longest:
-        raise UserError(f"the cache has room for {cache_tokens:,} tokens, but a prompt and its completion "
-                        f"can take {longest:,}: give a larger --cache-tokens or a smaller --max-new-tokens")
-    table = [f"  {what:45} {n / 2**30:8.2f} GiB on {place}" for what, place, n in rows]
-    return replace(cfg, dtype=dtype, cache_tokens=cache_tokens, optimizer_device=there,
-                   save_every=save_every), "\n".join(table)
+@torch.no_grad()
+def cache_room(run: Run, cfg: Config) -> int:
+    """Tokens that the key-value cache may hold: a share of what is free now, by what one token leaves in it."""
+    with explained_as("the key-value cache of this model is not supported"):
+        caches, *_ = prefill(run.model, [(0,)], 1)
+        one_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]] if run.optimizer else []
+    moments = 8 * sum(weight.numel() for weight in weights if weight.device == run.model.device)  # not there yet
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    room = CACHE_SHARE * (free_memory(run.model.device) - moments) / one_token
+    if room < longest:
+        raise UserError(f"the cache has room for {room:,.0f} of {longest:,} tokens: give a smaller --max-new-tokens")
+    return int(min(room, cfg.prompts_per_step * cfg.group_size * longest))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2066,48 +1745,46 @@ def demo_rows(seed: int) -> tuple[list[dict], ...]:
     return rows[:DEMO_EVAL], rows[DEMO_EVAL:-DEMO_TRAIN], rows[-DEMO_TRAIN:]
 
 
-def supervise(run: Run, prompts: list, solutions: list, probe: list[Problem], cfg: Config, rows_a_step=64):
-    """Teach a model worked solutions (both lists of token ids) until it solves cfg.warm_start of `probe`."""
+def supervise(run: Run, warm: list[dict], cfg: Config, solved: float) -> None:
+    """Teach a model worked examples until it has solved so large a share of 256 others."""
+    probe = read_problems(warm[:256], run.tokenizer, cfg, "the warm start")
+    prompts = [run.tokenizer(row["problem"]).input_ids for row in warm[256:]]
+    solutions = [run.tokenizer(row["worked"]).input_ids + [run.tokenizer.eos_token_id] for row in warm[256:]]
     tokens = padded(solutions, run.model.device)  # (n, T)
-    mask = padded([[1.0] * len(s) for s in solutions], run.model.device)  # (n, T)
-    bar, right = tqdm(range(1, 5001), desc="warm start", unit="step", leave=False), 0.0
-    for step in bar:
-        rows = torch.randint(len(prompts), (rows_a_step,), generator=rng("cpu", cfg.seed, "warm start", step))
-        logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
-        loss = -logprobs.sum() / mask[rows].sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        if step % 10 == 0:
-            generator = rng(run.model.device, cfg.seed, "probe", step)
-            right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
-            bar.set_postfix(loss=f"{loss.item():.2f}", solved=f"{right:.0%}")
-            if right >= cfg.warm_start:
-                break
-    else:
-        raise UserError(f"after {step} steps the warm start solves {right:.0%}, not {cfg.warm_start:.0%}")
-    bar.close()
+    mask = padded([[1.0] * len(solution) for solution in solutions], run.model.device)  # (n, T)
+    step, right = 0, 0.0
+    with tqdm(desc="warm start", unit="step", leave=False) as bar:
+        while right < solved:
+            step += 1
+            if step > 2000:
+                raise UserError(f"the warm start solves {right:.0%} after 2,000 steps: a larger --max-new-tokens?")
+            rows = torch.randint(len(prompts), (64,), generator=rng("cpu", cfg.seed, "warm start", step))
+            logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
+            (-logprobs.sum() / mask[rows].sum()).backward()
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if step % 10 == 0:
+                generator = rng(run.model.device, cfg.seed, "probe", step)
+                right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
+                bar.set_postfix(solved=f"{right:.0%}")
+            bar.update()
 
 
-def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
-    """Make a Qwen3 of 0.3M parameters, warm-start it on worked examples, and save it and its tokenizer."""
+def build_demo(folder: str, cfg: Config, warm: list[dict], device, solved: float = 0.25) -> None:
+    """Make a Qwen3 of 0.3M parameters, teach it worked examples until it has solved that share of others, save it."""
     torch.manual_seed(cfg.seed)
     vocabulary = ["<pad>", "<eos>", *sorted(set("0123456789+=? \\boxed{}"))]
     characters = Tokenizer(tokenizer_models.BPE({c: i for i, c in enumerate(vocabulary)}, merges=[]))
     characters.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False)
-    config = transformers.Qwen3Config(
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(vocabulary), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
-    model = transformers.Qwen3ForCausalLM(config).to(device)
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)).to(device)
     run = Run(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True), tracker=None)
-    probe = read_problems(warm[:256], tokenizer, cfg, "the warm start")  # not trained on
-    prompts = [tokenizer(row["problem"]).input_ids for row in warm[256:]]
-    solutions = [tokenizer(row["worked"]).input_ids + [tokenizer.eos_token_id] for row in warm[256:]]
-    supervise(run, prompts, solutions, probe, cfg)
+    supervise(run, warm, cfg, solved)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -2118,110 +1795,57 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device) -> None:
 
 # What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
 STOP_SIGNALS = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+CHECKPOINT = "checkpoint/state.pt"
+MODEL_STEP = "model/trainer_state.json"  # of which step the model is, where transformers puts it
 LOGS = ("metrics.jsonl", "samples.jsonl")
-STATE_KEYS = set("""config dtype optimizer_device cache_tokens step past_xi model optimizer window previous
-    read logs""".split())
 RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
-# What may change when a run goes on. (Another cache draws other samples, another micro-batch rounds otherwise.)
-MAY_DIFFER = {"steps", "out", "resume", "overwrite", "save_every", "save_minutes", "keep_models",
-              "show_every", "cache_tokens", "microbatch_tokens", "tracker"}
-
-
-def kept_models(out: Path) -> list[Path]:
-    """The folders of --keep-models, oldest first."""
-    found = [path for path in out.glob("model-*") if path.name[6:].isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[6:]))
-
-
-def run_files(out: Path) -> list[Path]:
-    """What a run has left in its folder."""
-    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + kept_models(out)
-
-
-@contextmanager
-def run_folder(cfg: Config):
-    """The run's folder, made and held for this process alone; the system lets go of it however that ends."""
-    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
-    out = Path(cfg.out or f"runs/{name}").expanduser()
-    lock = out / ".lock"
-    with explained_as(f"the output folder {out} cannot be written"):
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a")
-    with file:
-        try:
-            if sys.platform != "win32":
-                import fcntl  # not there on Windows
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is in use by the process {lock.read_text() or '?'}: give another --out")
-        except OSError as error:  # a network file system without locks
-            tqdm.write(f"warning: {out} cannot be locked ({error.strerror}): let no other process in")
-        lock.write_text(str(os.getpid()))
-        yield out
-
-
-def log_mark(log: bytes) -> tuple[int, int]:
-    """What a log was at a checkpoint: its size and checksum."""
-    return len(log), zlib.crc32(log)
+# What may change when a run goes on: what does not shape training, and paths, as files move. (Another cache draws
+# other samples, another micro-batch rounds otherwise.)
+MAY_DIFFER = set("""steps out resume overwrite model dataset reward eval_dataset eval_every eval_samples
+    eval_temperature save_every show_every tracker cache_tokens microbatch_tokens""".split())
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt tokenizer.model chat_template.jinja""".split()
 
 
 def open_run(cfg: Config, out: Path) -> dict | None:
-    """The checkpoint to go on from, if that is asked for; UserError for what is in the way."""
-    saved = out / "checkpoint" / "state.pt"
-    there = run_files(out)
-    if not cfg.resume:
-        reward_file = cfg.reward.rpartition(":")[0]
-        named = (cfg.model, base_folder(cfg.model), cfg.dataset, reward_file, *held_out_names(cfg))
-        for name in filter(None, named):
-            read = Path(name).expanduser().resolve()
-            is_in_the_way = any(path.resolve() in (read, *read.parents) for path in there)
-            if is_in_the_way or read == out.resolve():
-                raise UserError(f"{name} is to be read, but a run may delete it in {out}: give another --out")
-        if there and not cfg.overwrite:
-            raise UserError(f"{out} already holds a run: --resume goes on with it, --overwrite deletes it")
-        return None
-    if not saved.is_file():
-        raise UserError(f"there is nothing to resume in {out}: it has no checkpoint; --overwrite starts anew")
-    with explained_as(f"the checkpoint {saved} cannot be used"):
-        broken = zipfile.ZipFile(saved).testzip()  # torch.save writes checksums, but torch.load does not look
-        if broken:
-            raise ValueError(f"the checksum of {broken} is wrong")
-        state = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
-        if set(state) != STATE_KEYS or set(state["logs"]) != set(LOGS):
-            raise ValueError("it is of another version")
-        before = state["config"] | {}
-    with explained_as(f"the logs in {out} cannot be used"):
-        for name, (size, checksum) in state["logs"].items():
-            if log_mark((out / name).read_bytes()[:size]) != (size, checksum):
-                raise ValueError(f"{name} is not as the checkpoint left it")
+    """The checkpoint to go on from, or None where a run begins; UserError for what is in the way."""
+    with explained_as(f"the output folder {out} cannot be written"):
+        out.mkdir(parents=True, exist_ok=True)
+    present = [out / name for name in RUN_FILES if os.path.lexists(out / name)]
+    start = Path(cfg.model).expanduser().resolve()
+    if cfg.model and (start == out.resolve() or start.is_relative_to(out.resolve() / "model")):
+        raise UserError(f"the model {cfg.model} is in {out}, where a run replaces it: give another --out")
+    if cfg.resume and (out / CHECKPOINT).is_file():
+        return read_checkpoint(cfg, out)
+    # a job that was killed before its first save
+    only_begun = cfg.resume and cfg.save_every != 0 and not (out / "model").exists()
+    if present and not cfg.overwrite and not only_begun:
+        raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on from its checkpoint")
+    return None
+
+
+def read_checkpoint(cfg: Config, out: Path) -> dict:
+    """The state that a run left, if the settings that shape training are the same (else UserError)."""
+    with explained_as(f"the checkpoint in {out} cannot be used"):
+        state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
+        before, step = state["config"], state["step"]
     now = asdict(cfg) | {"device": pick_device(cfg).type}
     changed = [f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in now
-               if name not in MAY_DIFFER and before.get(name) != now[name]]
+               if name not in MAY_DIFFER and now[name] not in (before.get(name), "auto")]
     if changed:
         raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
-    if state["step"] > cfg.steps:
-        raise UserError(f"{out} already stands at step {state['step']}, beyond --steps {cfg.steps}")
+    if step > cfg.steps:
+        raise UserError(f"{out} already stands at step {step}, beyond --steps {cfg.steps}")
     return state
 
 
 def clear_run(out: Path) -> None:
     """Delete the files of an earlier run, and only those."""
-    for path in run_files(out):
+    for path in (out / name for name in RUN_FILES):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
-
-
-def fingerprints(run: Run, problems: list[Problem], held_out: dict, cfg: Config) -> dict[str, str]:
-    """What a run reads, each in a short hash, so that a resumed run can tell whether it is still the same."""
-    read = {name: [(p.prompt, p.golds) for p in some] for name, some in held_out.items()}
-    read["training problems"] = [(p.prompt, p.golds) for p in problems]
-    read["start model"] = [p.flatten()[:4].tolist() for p in run.model.parameters()]
-    if cfg.reward:
-        read["reward function"] = Path(cfg.reward.rpartition(":")[0]).read_bytes()
-    return {name: hashlib.sha256(repr(things).encode("utf-8", "backslashreplace")).hexdigest()[:16]
-            for name, things in read.items()}
+            path.unlink(missing_ok=True)
 
 
 def loose_weights(run: Run) -> dict[str, Tensor]:
@@ -2229,79 +1853,112 @@ def loose_weights(run: Run) -> dict[str, Tensor]:
     return {} if isinstance(run.optimizer, MasterAdamW) else trained_weights(run.model)
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """The model and its tokenizer as transformers saves them, beside `folder` and swapped in whole."""
-    if not all(weight.isfinite().all() for weight in trained_weights(run.model).values()):
-        raise FloatingPointError(f"step {run.step}: the weights are not finite; a lower --lr may help")
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    with explained_as(f"the model could not be saved as {folder}, --resume tries again"):
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        run.model.save_pretrained(partial_folder)
-        run.tokenizer.save_pretrained(partial_folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial_folder, folder)
+def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path, saved: int) -> int:
+    """All that a resumed run needs, written beside the old checkpoint and swapped in whole; the step that is saved.
 
-
-def save_checkpoint(run: Run, settings: dict, cfg: Config, out: Path) -> None:
-    """All that a resumed run needs, written beside the old checkpoint and swapped in whole.
-
-    `settings` are those given, `cfg` has its blanks filled in.
+    A full disk does not end the run: it is said, and the checkpoint of step `saved` stays.
     """
-    partial_file = out / "checkpoint" / "state.partial"
-    partial_file.parent.mkdir(exist_ok=True)
-    state = {"config": settings | {"device": run.model.device.type}, "dtype": cfg.dtype,
-             "optimizer_device": cfg.optimizer_device, "cache_tokens": cfg.cache_tokens, "step": run.step,
-             "past_xi": run.past_xi, "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
+    path = out / CHECKPOINT
+    partial_file = path.with_suffix(".partial")
+    path.parent.mkdir(exist_ok=True)
+    state = {"config": asdict(cfg) | {"device": run.model.device.type}, "problems": len(problems),
+             "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
              "window": list(run.tracker.history), "previous": vars(replace(run.previous, problems=None)),
-             "read": run.read, "logs": {name: log_mark((out / name).read_bytes()) for name in LOGS}}
+             "step": run.step, "name": run.name, "cache_tokens": run.cache_tokens}
     try:
         with open(partial_file, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        size = partial_file.stat().st_size if partial_file.exists() else 0
         partial_file.unlink(missing_ok=True)
-        raise UserError(f"step {run.step} could not be saved after {size / 2**30:.2f} GiB: {cause_of(error)}."
-                        " The checkpoint before it is as it was: make room, then --resume")
-    if cfg.keep_models:
-        save_model(run, out / f"model-{run.step}")
-    os.replace(partial_file, partial_file.with_suffix(".pt"))
-    for folder in kept_models(out)[:-cfg.keep_models] if cfg.keep_models else ():
-        shutil.rmtree(folder)
+        say(f"warning: step {run.step} could not be saved, the last checkpoint is of step {saved}: {error}")
+        return saved
+    os.replace(partial_file, path)
+    return run.step
 
 
-def load_checkpoint(run: Run, state: dict, out: Path) -> None:
+def load_checkpoint(run: Run, state: dict, problems: list[Problem], out: Path) -> None:
     """Bring a fresh `run` to where it was saved, and cut its logs back to there."""
-    changed = [name for name in run.read if state["read"].get(name) != run.read[name]]
-    if changed:
-        raise UserError(f"--resume goes on with what a run began with, but changed are: {', '.join(changed)}")
     with explained_as(f"the checkpoint in {out} does not fit"):
-        if state["model"].keys() != loose_weights(run).keys():
-            raise ValueError("it holds other weights")
+        if state["problems"] != len(problems) or state["model"].keys() != loose_weights(run).keys():
+            raise ValueError("it was trained on another number of problems, or has other weights")
         run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
         run.optimizer.load_state_dict(state["optimizer"])
-        for weight, moments in run.optimizer.state.items():  # out of the mapped file one by one, never twice
-            if any(value.dim() and value.shape != weight.shape for value in moments.values()):
-                raise ValueError("a moment has another shape than its weight")
+        for moments in run.optimizer.state.values():  # out of the mapped file one by one, never twice
             moments.update({name: value.clone() for name, value in moments.items()})
         run.tracker.history.extend(state["window"])
-        run.past_xi, run.step = state["past_xi"], state["step"]
+        run.step, run.name = state["step"], state["name"]
         run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
                                 for name, x in state["previous"].items()})
-    for name, (size, _) in state["logs"].items():
-        os.truncate(out / name, size)
+        for path in (out / name for name in LOGS):
+            lines = path.read_bytes().splitlines(keepends=True)  # the last may be half of one, after a kill
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= run.step]
+            os.truncate(path, sum(map(len, kept)))
+    if (out / MODEL_STEP).exists():
+        say(f"{out}/model is of step {json.loads((out / MODEL_STEP).read_text())['global_step']} until this run ends")
+
+
+def save_model(run: Run, start: str, cfg: Config, out: Path) -> None:
+    """model/, a plain folder that transformers, vLLM and --model read; written beside an old one, swapped in whole."""
+    if not all(weight.isfinite().all() for weight in trained_weights(run.model).values()):
+        raise FloatingPointError(f"step {run.step}: the weights are not finite; a lower --lr may help")
+    if cfg.lora:
+        merge_adapters(run.model)
+    folder = out / "partial" / "model"
+    with explained_as(f"the model could not be saved in {out}, --resume tries again"):
+        run.model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        suit_transformers_4(folder, start)
+        (folder.parent / MODEL_STEP).write_text(json.dumps({"global_step": run.step}))
+        shutil.rmtree(out / "model", ignore_errors=True)
+        os.replace(folder, out / "model")
+        folder.parent.rmdir()
+
+
+def merge_adapters(model) -> None:
+    """Make a model with LoRA adapters a plain one again, by adding them to its weights."""
+    from peft.tuners.lora import LoraLayer
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    model._hf_peft_config_loaded = False  # or transformers would save adapters alone
+
+
+def suit_transformers_4(folder: Path, start: str) -> None:
+    """Put a model's positions where transformers 4 (of many a vLLM) looks for them, with the start's tokenizer files.
+
+    It would take theta 10,000 for any other and no scaling, in silence, and knows no TokenizersBackend.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    ropes = config.get("rope_parameters") or {}  # of all layers, or by kind of layer
+    rope = ropes.get("full_attention", ropes)
+    if rope:
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if len(scaling) > 1 else None}
+    if "sliding_attention" in ropes:
+        config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for file in TOKENIZER_FILES:
+        kept = Path(start, file) if Path(start).is_dir() else try_to_load_from_cache(start, file)
+        if isinstance(kept, (str, Path)) and Path(kept).exists():
+            shutil.copy(kept, folder)
+    path = folder / "tokenizer_config.json"
+    text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(text.replace('"extra_special_tokens": [', '"additional_special_tokens": ['))
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a file with one JSON object a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def append_jsonl(path: Path, *rows: dict) -> None:
     """Put rows behind those of a file."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
@@ -2309,47 +1966,201 @@ def signals_caught():
     """Yields a list that a signal to stop is put into, so that a step can end and be saved; a second stops at once."""
     caught, before = [], {}
 
-    def restore():
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-
     def catch(sign, _):
+        if caught:
+            raise KeyboardInterrupt
         caught.append(sign)
-        restore()
-        tqdm.write("finishing this step, then saving; a second signal stops at once, unsaved")
+        say("finishing this step, then saving; a second signal stops at once, unsaved")
 
     with suppress(ValueError):  # off the main thread no signal can be caught
-        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # nohup
+        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # not under nohup
         before = {sign: signal.signal(sign, catch) for sign in heeded}
     try:
         yield caught
     finally:
-        restore()
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Command line.
+# Command line. One dataclass holds all settings: its fields are the flags, their --help and config.json. What
+# the user can put right is one sentence and exit code 2, before anything is loaded or deleted.
 # ------------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None = None) -> Config:
+class UserError(Exception):
+    """Something the user can put right: shown as one sentence, exit code 2."""
+
+
+class RewardError(UserError):
+    """A reward function of the user's own failed."""
+
+
+def say(text: str) -> None:
+    """Show a line above the progress bar; a terminal that has hung up is no reason to stop."""
+    with suppress(OSError):
+        tqdm.write(text)
+
+
+@contextmanager
+def explained_as(what: str):
+    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        only_says_so = str(error) == "An error occurred while generating the dataset"
+        cause = error.__cause__ if only_says_so and error.__cause__ else error
+        raise UserError(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
+
+
+def option(default, help, low=None, high=math.inf, demo=None, choices=None):
+    """A field of Config: its default, --help, what it may be, and the demo's value if that is another."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, demo=demo, choices=choices))
+
+
+@dataclass
+class Config:
+    """All settings of a run; each field is the flag of its name, with - for _."""
+    # the task
+    model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
+    dataset: str = option("", "training problems: a hub name, org/name or org/name:config, a file or a folder (MATH)")
+    eval_dataset: list[str] = option((), "held-out problems, one set or more (MATH-500, if MATH is trained on)")
+    reward: str = option("", "file.py:function in place of the verifier: (completion, answer, row) -> number")
+    columns: str = option("", "the columns that ask and answer, as in question,answer (known names)")
+    instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
+                              "put behind a problem that has no \\boxed in it, not behind messages", demo="")
+    thinking: bool = option(False, "let a chat template switch its thinking mode on")
+    max_prompt_tokens: int = option(512, "longer prompts are left out, and counted", 1)
+    # sampling and grading
+    steps: int = option(261, "iterations; 0 only evaluates", 0, demo=120)
+    prompts_per_step: int = option(128, "Q, prompts an iteration", 1, demo=32)
+    group_size: int = option(8, "G, samples a prompt", 2)
+    max_new_tokens: int = option(4096, "longest completion", 1, demo=48)
+    temperature: float = option(0.7, "of sampling, in training and evaluation", 0.01, demo=1.0)
+    top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", 0.01, 1)
+    cache_tokens: int = option(None, "room of the key-value cache (what fits)", 1)
+    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
+    # the base objective (both steps; the KL in exploration only)
+    base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
+    clip_low: float = option(None, "lower clip of the ratio (the base's own)", 0, 1)
+    clip_high: float = option(None, "upper clip of the ratio (the base's own)", 0)
+    kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", 0)
+    # the feedback (verification step)
+    feedback: str = option("pipo", "scales the verification step: phi(xi), --constant, or none at all",
+                           choices=("pipo", "none", "constant"))
+    window: int = option(8, "K, past mean rewards that the present one is held against", 2)
+    lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", 0, 1)
+    xi_clip: float = option(None, "cut xi to [-this, this] (no cut, as in the paper)", 0)
+    constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", -math.inf)
+    # the optimizer
+    lr: float = option(None, "learning rate (1e-6; with --lora 1e-4)", 1e-12, demo=1e-4)
+    pi_lr: float = option(None, "learning rate of the verification step (--lr)", 1e-12)
+    weight_decay: float = option(0.01, "AdamW's weight decay", 0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", 1e-6)
+    minibatches: int = option(1, "optimizer steps a batch is split into, in both steps (paper: 2)", 1)
+    epochs: int = option(1, "passes over a batch in the exploration step; the last one is logged", 1)
+    microbatch_tokens: int = option(8192, "padded tokens a backward pass (memory only)", 1, demo=2048)
+    # precision and memory
+    dtype: str = option("auto", "of the weights; AdamW's are float32 (auto: bfloat16 on a GPU, else float32)",
+                        demo="float32", choices=("auto", "float32", "bfloat16"))
+    optimizer_device: str = option("auto", "where AdamW's weights and moments are (auto: on the card, if they fit)",
+                                   choices=("auto", "cpu", "cuda"))
+    lora: int = option(0, "rank of LoRA adapters to train instead of all weights (needs peft)", 0)
+    # the run
+    seed: int = option(0, "the same seed gives the same run (on the same CPU, to the last bit)")
+    device: str = option("", "cpu, cuda, cuda:1, ... (cuda if present)")
+    out: str = option("", "folder for the run's files (runs/<model>-<base>-<feedback>-seed<n>)")
+    resume: bool = option(False, "go on from the checkpoint in --out; begin if there is none")
+    overwrite: bool = option(False, "delete the run that is in --out")
+    # evaluating, saving, showing
+    eval_every: int = option(10, "steps between evaluations, 0 for none at all", 0, demo=20)
+    eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", 1)
+    eval_temperature: float = option(None, "of evaluation; 0 is greedy (--temperature)", 0)
+    save_every: int = option(None, "steps between saves, 0: none (10; from 1B parameters on 50)", 0, demo=20)
+    show_every: int = option(5, "steps between samples shown on the screen, 0 for none", 0, demo=20)
+    tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio"))
+
+
+# Config(**DEMO) is what `python pipo.py` runs; a real run is Config(model=..., ...).
+DEMO = {f.name: f.metadata["demo"] for f in fields(Config) if f.metadata["demo"] is not None}
+MATH = ("DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500")  # to train and to evaluate on
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """The device that --device names; a UserError if there is no such device here."""
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with explained_as(f"--device is {device!r}"):  # an unknown name, or a torch without CUDA
+        return torch.empty(0, device=device).device
+
+
+def validate(cfg: Config) -> None:
+    """Refuse settings that make no sense (raises UserError)."""
+    for f in fields(cfg):
+        value, (low, high, choices) = getattr(cfg, f.name), (f.metadata[k] for k in ("low", "high", "choices"))
+        is_inside = low is None or value is None or low <= value <= high and abs(value) < math.inf
+        if not is_inside or choices and value not in choices:
+            raise UserError(f"{flag(f.name)} is {value!r}: it must be {choices or f'from {low:g} to {high:g}'}")
+    device = pick_device(cfg)
+    for is_wrong, sentence in (
+            (cfg.prompts_per_step % cfg.minibatches, "--minibatches must divide --prompts-per-step"),
+            (cfg.resume and cfg.overwrite, "--overwrite contradicts --resume; give one of the two"),
+            (cfg.lora and not find_spec("peft"), "--lora needs the package peft (pip install peft)"),
+            (cfg.tracker and not find_spec(cfg.tracker), f"--tracker needs the package {cfg.tracker}"),
+            (not cfg.model and (cfg.dataset or cfg.eval_dataset), "a --dataset needs --model: the demo makes its own"),
+            (cfg.model and cfg.steps and not cfg.dataset, "--dataset is missing: the data that --reward is made for"),
+            (not cfg.steps and not (cfg.eval_dataset if cfg.model else cfg.eval_every),
+             "--steps is 0 and there is no --eval-dataset"),
+            (cfg.optimizer_device not in ("auto", "cpu", device.type), f"--optimizer-device must be on {device}"),
+            (device.type not in ("cpu", "cuda"), f"--device is {device}: it must be cpu or a CUDA device")):
+        if is_wrong:
+            raise UserError(sentence)
+
+
+def settled(cfg: Config, own_reward: bool = False) -> Config:
+    """The settings as config.json takes them, with what others decide filled in, and valid (raises UserError).
+
+    MATH is the default only where neither a data set nor a reward is named: its rows would not fit another's.
+    """
+    def plain(value):  # a Path as a str, numpy's number as Python's, several as a list
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "item", lambda: value)()
+
+    cfg = replace(cfg, **{f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)})
+    train_set, eval_sets = cfg.dataset, [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
+    if cfg.model and not (train_set or cfg.reward or own_reward):
+        train_set, eval_sets = MATH[0], eval_sets or [MATH[1]]
+    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
+    cfg = replace(cfg, dataset=train_set, eval_dataset=eval_sets if cfg.eval_every else [],
+                  lr=(1e-4 if cfg.lora else 1e-6) if cfg.lr is None else cfg.lr,
+                  out=os.path.expanduser(cfg.out or f"runs/{name}"))
+    validate(cfg)
+    return cfg
+
+
+def parse(arguments: list[str]) -> Config:
     """Flags from the fields of Config; without --model, the demo's values stand where none was given."""
     parser = argparse.ArgumentParser(description="PIPO in one file. Without --model: an offline demo.",
                                      usage="python pipo.py [--setting value ...]; --help lists them",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     types, kinds = get_type_hints(Config), {bool: dict(action="store_true"), list[str]: dict(nargs="+")}
     for f in fields(Config):
-        has_default = types[f.name] is not bool and f.default not in (None, "")
-        default = f" (default: {f.default})" if has_default else ""
+        default = f" (default: {f.default})" if f.default and types[f.name] in (int, float) else ""
         demo = f" (demo: {DEMO[f.name]})" if DEMO.get(f.name) else ""
         kind = kinds.get(types[f.name], dict(type=types[f.name], choices=f.metadata["choices"]))
-        if f.name in HEADINGS:
-            group = parser.add_argument_group(HEADINGS[f.name])
-        group.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
-    given = vars(parser.parse_args(arguments))
+        parser.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
+    words = [re.sub(r"^--\w+", lambda name: flag(name[0][2:]), word) for word in arguments]  # --max_new_tokens
+    given = vars(parser.parse_args(words))
     if given.get("model") == "":
         raise UserError("--model is empty: name a model, or leave the flag away for the demo")
-    return Config(**({} if given.get("model") else DEMO) | given)
+    return Config(**({} if "model" in given else DEMO) | given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2358,44 +2169,19 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails becomes a sentence
     transformers.utils.logging.disable_progress_bar()
     try:
-        train(parse(arguments))
+        train(parse(sys.argv[1:] if arguments is None else arguments))
         return 0
-    except UserError as error:
-        code, said = 2, error
-    except FloatingPointError as error:
-        code, said = 1, error
-    except torch.OutOfMemoryError as error:
-        code, said = 1, f"{cause_of(error)} Halve --microbatch-tokens or --cache-tokens, then --resume"
+    except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
+        code, said = 2 if isinstance(error, UserError) else 1, error
     except KeyboardInterrupt as error:
         said, sign = error.args or ("stopped; the last checkpoint, if any, is as it was", signal.SIGINT)
         code = 128 + sign
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        code, said = 1, f"{error}; the last checkpoint is as it was"
     print(f"pipo: {said}", file=sys.stderr)
     return code
 
 
-class Sturdy(io.FileIO):
-    """What stands below a stream; a closed pipe (`| head -1`) is no error to it."""
-
-    def write(self, data):
-        with suppress(OSError):  # the terminal of a run may hang up, too
-            return super().write(data)
-        return len(data)
-
-
-def sturdy(stream):
-    """A stream like this one that neither a closed pipe nor an ASCII terminal can turn into an error."""
-    if stream is None:  # closed from the start
-        return open(os.devnull, "w")
-    buffer = io.BufferedWriter(Sturdy(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
-
-
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = sturdy(sys.stdout), sturdy(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # for an ASCII terminal
     sys.exit(main())

@@ -1,42 +1,36 @@
 """What must hold in pipo.py, in the order of its sections. Read `test_start_here` first, three iterations of
-PIPO by hand; every other docstring names the bug that its test guards against.
+PIPO by hand; every other docstring names the bug that its test guards against. Those with `gpu` in their
+names run where there is one.
 
     make test                                                       # all: on the CPU, offline, in a minute
     .venv/bin/python -m pytest -q test_pipo.py -k start_here        # some, by a part of their names
 
-    section         what is proven there
-    Start here      the order of an iteration, window, xi, phi and rewards, on numbers that fit a napkin
-    Settings        every number has a bound and is held to it; randomness depends on its key alone
-    Mathematics     advantages, tracker and rewards by hand; the four losses against scalar loops, and their
-                    gradients against finite differences; xi on noise and on a trend by Monte Carlo
-    Update          log-probabilities against the plain softmax; a gradient that does not depend on how the
-                    batch is split; no step without a signal, nor on numbers that are not finite
-    Iteration       what both steps get under every base, feedback and setting, and when there is none to take
-    Training        without feedback it is GRPO written out, bit for bit; the loop, data order, evaluation
-    Sampling        greedy tokens are those of transformers' generate, whatever waited, was dropped or ran out
-                    of room; draws follow the distribution
+    Start here      three iterations on numbers that fit a napkin; real ones learn
+    Settings        every number has a range and is held to it; randomness depends on its key alone
+    Mathematics     by hand, against scalar loops and finite differences; xi by Monte Carlo
+    Update          the plain softmax; a gradient that does not depend on how the batch is split; no bad steps
+    Iteration       what both steps get under every base and setting, and when there is none to take
+    Training        GRPO and PIPO written out, bit for bit; data order, evaluation
+    Sampling        greedy tokens are those of transformers' generate, whatever waited or ran out of room
     Verifying       what is paid, what is not, and what hostile answers cost
-    Data, models    layouts and file types, what is left out, chat templates, no dropout
-    Memory          masters against plain AdamW; bf16 and LoRA resume exactly; the plan for 4B on a GPU
+    Data, models    layouts, file types, what is left out, chat templates, no dropout, rewards of one's own
+    Memory          masters against plain AdamW; what fits where
     Demo            its problems, and the README's first command from nothing
-    Files           a resumed run equals an unbroken one; kills, Ctrl-C and breakdowns; nothing is overwritten
+    Files           a resumed run equals an unbroken one, whatever stopped it; nothing is lost by mistake
     Command line    what the user can put right is one sentence and exit code 2; --help says everything
     README          its commands, its tables, and the pieces to copy
-
-Tests with `gpu` in their names run where there is one.
 """
 
 import ast
 import copy
 import functools
-import inspect
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -44,13 +38,14 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import zlib
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from decimal import getcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_origin, get_type_hints
+from typing import get_type_hints
 
 import datasets
 import mpmath
@@ -61,8 +56,9 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config,
-    GPT2LMHeadModel, LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+    AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3Config, Gemma3TextConfig,
+    GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3Config,
+    Qwen3ForCausalLM)
 
 import pipo
 from pipo import (
@@ -84,25 +80,24 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def iterate(monkeypatch):
     """iterate(run, rewards, cfg): a real iteration -> (batch, row of metrics, what each `update` was given).
 
-    Two things are not real: the sampler, which hands out answers that earn `rewards` (Q, G) from the
-    verifier (and is not checked), and `update`, which only notes down what it was called with.
+    All but the sampler, which hands out answers that earn these rewards (Q, G), and `update`, which does nothing.
     """
-    signature, calls = inspect.signature(pipo.update), []
+    calls = []
 
-    def noted(*args, **options):
-        call = signature.bind(*args, **options)
-        call.apply_defaults()
-        calls.append(SimpleNamespace(**call.arguments))
-        return {}
+    def noted(model, optimizer, batch, coefficients, objective, **how):
+        calls.append(SimpleNamespace(model=model, optimizer=optimizer, batch=batch, coefficients=coefficients,
+                                     objective=objective, **how))
+        return {"microbatch_tokens": how["microbatch_tokens"]}
 
-    def one_iteration(run, rewards, cfg):
+    def one_iteration(run, rewards, cfg, cut_off=()):
         texts = [rf"\boxed{{{reward}}}" for group in rewards for reward in group]  # 1 is right
         N = len(texts)
         tokens, mask = torch.full((N, 1), 3), torch.ones(N, 1)
-        batch = pipo.Batch([[7]] * N, tokens, mask, -mask, torch.zeros(N), texts)
+        truncated = torch.tensor([i in cut_off for i in range(N)])
+        batch = pipo.Batch([[7]] * N, tokens, mask, -mask, truncated, texts)
         monkeypatch.setattr(pipo, "sample", lambda *_, **__: batch)
         monkeypatch.setattr(pipo, "update", noted)
-        monkeypatch.setattr(pipo, "settle_behavior", lambda *_: None)
+        monkeypatch.setattr(pipo, "check_sampler", lambda *_: None)
         calls.clear()
         _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1", ("1",), {})] * len(rewards), cfg)
         return batch, row, list(calls)
@@ -115,7 +110,7 @@ def start(cfg, *past_means):
     tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
     for mu in past_means:
         tracker.push(mu)
-    return pipo.Run(SimpleNamespace(device=CPU), None, None, tracker)
+    return pipo.Run(SimpleNamespace(device=CPU, dtype=torch.float32), None, None, tracker)
 
 
 def close(x, expected):
@@ -162,7 +157,8 @@ def test_start_here(iterate):
     # 1/8 has left the window, which is 2/8, 3/8, 4/8 now, each pushed once: mean 3/8, std 1/8, xi = -1.
     # A fall counts lambda times: phi = -0.1.
     assert (row["mu_his"], row["sigma_his"], row["xi"], row["phi"]) == (3/8, 1/8, -1.0, -0.1)
-    # Verification takes a little of the step on B2 back: what was right (p = 3/4 and 1/4) is pushed down.
+    # Verification turns the gradient of B2 round: what was right (p = 3/4 and 1/4) is pushed down now. In the
+    # AdamW that both steps share this brakes; momentum still carries the weights along the step on B2.
     verification, exploration = updates
     assert verification.batch is b2 and row["feedback"] == "negative"
     assert close(verification.coefficients, [[-0.2/3, -0.2/3, -0.2/3, 0.2], [-0.2, 0.2/3, 0.2/3, 0.2/3]])
@@ -171,21 +167,45 @@ def test_start_here(iterate):
     assert close(exploration.coefficients, [[0.0, 0.0, 0.0, 0.0], [s, s, -s, -s]])
 
 
+def test_real_iterations_learn_to_answer():
+    """Nothing replaced: a tiny model (see Shared) samples, the verifier grades, both steps train it, and it learns."""
+    # Each of its tokens is an answer to "What is 1?", and every other one is right.
+    tokenizer = letter_tokenizer([rf"\boxed{{{x}}}" for k in range(2, 15) for x in (f"{k}/{k}", k)])
+    model, mus, steps = tiny_model(spread=0.05), [], 0
+    run = pipo.Run(model, tokenizer, torch.optim.AdamW(model.parameters()), ImprovementTracker(window=3))
+    cfg = Config(window=3, group_size=8, max_new_tokens=4, temperature=1.0, lr=1e-2, pi_lr=5e-3)
+    for _ in range(15):
+        sampler = copy.deepcopy(model)
+        batch, row = pipo.iteration(run, PROBLEMS, cfg)
+        # The ratio of both steps is against the policy that sampled, before either.
+        logprobs = token_logprobs(sampler, batch.prompts, batch.tokens, batch.mask)
+        assert (logprobs - batch.behavior_logprobs).abs().max() < 1e-4
+        assert batch.rewards.flatten().tolist() == [verify(text, "1") for text in batch.texts]
+        # One AdamW takes both steps, each with its own rate; without a verification step there is one.
+        steps += 1 + bool(row["coefficient"]) - row["skipped_steps"]
+        assert next(iter(run.optimizer.state.values()))["step"] == steps
+        assert row["lr"] == 1e-2 and row.get("pi_lr") == (5e-3 if row["coefficient"] else None)
+        assert (row["prompt_tokens"], row["tokens"]) == (12 * 8, batch.mask.sum())
+        mus.append(row["mu"])
+    assert steps > 20 and mus[0] < 0.6 and statistics.mean(mus[-3:]) > 0.75
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Shared. A tiny model, and runs of the training loop in which rewards vary.
 # ------------------------------------------------------------------------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
+PROBLEMS = [pipo.Problem("What is 1?", prompt, "1", ("1",), {}) for prompt in PROMPTS]
 
 
-def tiny_model(seed=0, spread=0.3):
+def tiny_model(seed=0, spread=0.3, **changes):
     """A random Qwen3 with three EOS ids among 28 tokens, so that its completions end at different lengths."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True,
-        initializer_range=spread, pad_token_id=0, eos_token_id=[1, 5, 9])).eval()
+        initializer_range=spread, pad_token_id=0, eos_token_id=[1, 5, 9], **changes)).eval()
 
 
 def letter_tokenizer(letters=LETTERS):
@@ -278,57 +298,34 @@ def own_process(*arguments):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings. Every number has a bound and is held to it, and randomness depends on its key alone.
+# Settings. Every number has a range and is held to it, and randomness depends on its key alone.
 # ------------------------------------------------------------------------------------------------------------
 
-TYPES = get_type_hints(Config)
-OUTSIDE_AND_INSIDE = {  # what a bound says, values just beyond it, and values just within
-    "above 0": ((0, -1), (1, 1e-9)),
-    "0 or more": ((-1, -1e-9), (0, 1)),
-    "at least 2": ((1, 0, -2), (2, 3)),
-    "in [0, 1]": ((-1e-9, 1.001), (0, 0.5, 1)),
-    "in [0, 1)": ((-1e-9, 1, 1.5), (0, 0.999)),
-    "in (0, 1]": ((0, -1, 1.001), (1e-9, 1)),
-    "finite": ((), (0, -1, 1e300)),
-}
 
-
-@pytest.mark.parametrize("f", [f for f in fields(Config) if TYPES[f.name] in (int, float)],
-                         ids=lambda f: f.name)
-def test_every_number_is_held_to_its_bound(f, monkeypatch):
+@pytest.mark.parametrize("f", [f for f in fields(Config) if f.name != "seed" and (
+    f.metadata["choices"] or get_type_hints(Config)[f.name] in (int, float))], ids=lambda f: f.name)
+def test_every_setting_is_held_to_its_range_or_choices(f, monkeypatch):
     """A setting out of its range, or nan, must be named at once, not fail (or train) an hour later."""
-    monkeypatch.setattr(pipo, "find_spec", lambda _: True)  # as if peft were there
-    outside, inside = OUTSIDE_AND_INSIDE[f.metadata["bound"]]
-    for value in (*outside, math.nan, math.inf, -math.inf):
-        sentence = f"{pipo.flag(f.name)} is {value!r}: it must be {f.metadata['bound']}"
-        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
-            pipo.validate(Config(model="any", **{f.name: value}))
-    for value in inside:
-        if TYPES[f.name] is float or type(value) is int:
-            pipo.validate(Config(model="any", **{f.name: value}))
-
-
-@pytest.mark.parametrize("f", [f for f in fields(Config) if f.metadata["choices"]], ids=lambda f: f.name)
-def test_every_choice_is_one_of_those_named(f, monkeypatch):
-    """From Python too: argparse guards only the command line."""
-    monkeypatch.setattr(pipo, "find_spec", lambda package: True)  # as if every tracker were installed
-    sentence = f"^{pipo.flag(f.name)} is 'other': it must be one of .*" + ".*".join(f.metadata["choices"])
-    with pytest.raises(UserError, match=sentence):
-        pipo.validate(Config(model="any", **{f.name: "other"}))
-    for choice in f.metadata["choices"]:
-        if choice != "cuda":
-            pipo.validate(Config(model="any", device="cpu", **{f.name: choice}))
+    monkeypatch.setattr(pipo, "find_spec", lambda _: True)  # as if every package were there
+    cfg = Config(model="any", dataset="any", eval_dataset=["any"], device="cpu")
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    for value in ["other"] if choices else [low - 1, low - 1e-9, high + 1, math.nan, math.inf, -math.inf]:
+        must = f"{pipo.flag(f.name)} is {value!r}: it must be {choices or f'from {low:g} to {high:g}'}"
+        with pytest.raises(UserError, match=f"^{re.escape(must)}$"):
+            pipo.validate(replace(cfg, **{f.name: value}))
+    for value in choices or (low, high, f.default):
+        if value not in ("cuda", math.inf, -math.inf):
+            pipo.validate(replace(cfg, **{f.name: value}))
 
 
 def test_a_generator_depends_on_its_key_alone():
     """Guards against draws that change with what was drawn before, or that two purposes or steps share."""
-    def draw(*key):
-        return tuple(torch.randint(10**9, (4,), generator=pipo.rng("cpu", *key)).tolist())
+    def draw(key):
+        return tuple(torch.rand(4, generator=pipo.rng("cpu", *key)).tolist())
 
     keys = [(seed, what, step) for seed in (0, 1) for what in ("sample", "order") for step in (1, 2, 11)]
-    first = [draw(*key) for key in keys]
-    torch.manual_seed(5)
-    assert [draw(*key) for key in reversed(keys)] == first[::-1] and len(set(first)) == len(keys)
+    first = [draw(key) for key in keys]
+    assert [draw(key) for key in reversed(keys)] == first[::-1] and len(set(first)) == len(keys)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,10 +335,8 @@ def test_a_generator_depends_on_its_key_alone():
 
 def test_group_advantages_by_hand():
     """[1, 0, 0, 1]: mean 0.5, sample std 0.5774. Guards against ddof 0, and noise where rewards are equal."""
-    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1], [0, 0, 0, 1]]))
-    assert torch.allclose(advantages[0], torch.tensor([1, -1, -1, 1]) * 0.5 / 0.57735, atol=1e-4)
-    assert (advantages[1] == 0).all()
-    assert torch.allclose(advantages[2], torch.tensor([-0.5, -0.5, -0.5, 1.5]), atol=1e-4)
+    advantages, s = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [0.1] * 4])), 0.5 * 3**0.5
+    assert close(advantages[:2], [[s, -s, -s, s], [-0.5, -0.5, -0.5, 1.5]]) and (advantages[2] == 0).all()
     without_std = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), normalize_std=False)
     assert torch.equal(without_std, torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
     for bad in (torch.ones(3, 1), torch.tensor([[1.0, math.nan]])):  # one sample a group; no number
@@ -352,70 +347,48 @@ def test_group_advantages_by_hand():
 @pytest.mark.parametrize("normalize_std", [True, False])
 def test_attribution_identities(normalize_std):
     """a_i = 1/(2p) on right answers, -1/(2(1-p)) on wrong ones, mean size 1, however A is made; else 0."""
-    G = 8
-    for k in range(G + 1):
-        advantages = group_advantages(torch.tensor([[1.0] * k + [0.0] * (G - k)]), normalize_std)
-        a = improvement_rewards(advantages, 1.0)[0]
-        if k in (0, G):
-            assert (a == 0).all()
-            continue
-        assert torch.allclose(a[:k], torch.tensor(G / (2 * k)))
-        assert torch.allclose(a[k:], torch.tensor(-G / (2 * (G - k))))
-        assert math.isclose(a.abs().mean(), 1, rel_tol=1e-6)
-        assert torch.allclose(improvement_rewards(advantages, -0.3)[0], -0.3 * a)
+    for right in range(9):  # of 8
+        advantages = group_advantages(torch.tensor([[1.0] * right + [0.0] * (8 - right)]), normalize_std)
+        a, p = [0.0] * 8, right / 8
+        if 0 < p < 1:
+            a = [1 / (2 * p)] * right + [-1 / (2 * (1 - p))] * (8 - right)
+        assert close(improvement_rewards(advantages, 1.0), [a])
+        assert close(improvement_rewards(advantages, -0.3), [[-0.3 * x for x in a]])
 
 
 def test_tracker_by_hand():
-    """Window [0.1, 0.2, 0.3]: mean 0.2, sample std 0.1.
-
-    Guards against ddof 0, against a window that holds the present (xi could then not reach 3), against a push
-    too many, and against a warm-up of the wrong length.
-    """
-    tracker = ImprovementTracker(window=3, lam=0.1)
+    """Guards against ddof 0, a window with the present in it (xi could not reach 3), and a xi where sigma is 0."""
+    tracker, cut = ImprovementTracker(window=3, lam=0.1), ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
     for mu in (0.1, 0.2, 0.3):
         assert tracker.feedback(mu) is None
         tracker.push(mu)
-    for _ in range(3):  # reading changes nothing; xi, phi, mu_his, sigma_his
+        cut.push(mu)
+    for _ in range(3):  # mean 0.2, sample std 0.1; reading changes nothing; xi, phi, mu_his, sigma_his
         assert [round(x, 9) for x in tracker.feedback(0.5)] == [3.0, 3.0, 0.2, 0.1]
-    fall = tracker.feedback(0.1)
-    assert math.isclose(fall.xi, -1) and math.isclose(fall.phi, -0.1)
+    assert [round(x, 9) for x in tracker.feedback(0.1)] == [-1.0, -0.1, 0.2, 0.1]
+    assert cut.feedback(0.9)[:2] == (2.0, 2.0) and cut.feedback(0.0)[:2] == (-2.0, -1.0)
     tracker.push(0.5)  # the oldest leaves: [0.2, 0.3, 0.5]
     assert math.isclose(tracker.feedback(0.4).mu_his, 1 / 3)
-
-
-def test_tracker_without_spread_and_with_a_cut():
-    """sigma = 0 makes xi undefined, also where rounding would leave 1e-17; a cut xi; bad settings."""
-    tracker = ImprovementTracker(window=8)
-    for _ in range(8):
-        tracker.push(0.1)
-    assert tracker.full and tracker.feedback(0.9) is None
-    cut = ImprovementTracker(window=2, lam=0.5, xi_clip=2.0)
-    for mu in (0.50, 0.51):
-        cut.push(mu)
-    assert (cut.feedback(0.9).xi, cut.feedback(0.1).xi, cut.feedback(0.1).phi) == (2.0, -2.0, -1.0)
-    assert list(cut.history) == [0.50, 0.51]
+    for _ in range(3):
+        tracker.push(0.1)  # where rounding would leave a sigma of 1e-17
+    assert tracker.feedback(0.9) is None
     for window, lam in ((1, 0.1), (8, 1.5), (8, -0.1)):
         with pytest.raises(ValueError):
             ImprovementTracker(window, lam)
 
 
-def test_xi_on_a_plateau_and_on_a_trend():
-    """On a plateau E[phi_0.1] is +0.43, not 0 (hence the controls); a trend of s a step reads as s(K+1)/2."""
+def test_phi_on_a_plateau():
+    """There E[phi_0.1] is +0.43, not 0 (hence the constant of 0.43), by Monte Carlo."""
     noise, phis = random.Random(0), []
-    for _ in range(4000):
-        tracker = ImprovementTracker(8, 0.1)
-        for _ in range(8):
-            tracker.push(noise.gauss(0, 1))
+    for _ in range(2000):
+        tracker = ImprovementTracker(window=8, lam=0.1)
+        tracker.history.extend(noise.gauss(0, 1) for _ in range(8))
         phis.append(tracker.feedback(noise.gauss(0, 1)).phi)
-    assert abs(statistics.mean(phis) - 0.43) < 0.04
-    tracker = ImprovementTracker(8)
-    for t in range(8):
-        tracker.push(0.01 * t)
-    assert math.isclose(0.08 - tracker.feedback(0.08).mu_his, 0.01 * 9 / 2)
+    assert abs(statistics.mean(phis) - 0.43) < 0.05
 
 
 def random_rows():
-    """Log-probabilities, those of the behavior policy, advantages and mask of 6 rows of up to 5 tokens."""
+    """6 rows of up to 5 tokens: log-probabilities, the behavior policy's, advantages and mask."""
     g, lengths = torch.Generator().manual_seed(0), [1, 5, 3, 2, 5, 4]
     logprobs = (-torch.rand(6, 5, generator=g, dtype=torch.float64) * 2).requires_grad_()
     behavior = logprobs.detach() + 0.4 * torch.randn(6, 5, generator=g, dtype=torch.float64)
@@ -423,69 +396,43 @@ def random_rows():
     return logprobs, behavior, torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.5], dtype=torch.float64), mask
 
 
-def loss_by_hand(logprobs, behavior, advantages, mask, base, max_new_tokens):
+def loss_by_hand(logprobs, behavior, advantages, mask, reference, base, kl_coef, max_new_tokens):
     """The table of the four objectives, written as loops over Python floats."""
     low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[base]
     sequences = []
-    for lp, old, A, m in zip(logprobs.tolist(), behavior.tolist(), advantages.tolist(), mask.tolist()):
+    for lp, old, A, m, ref in zip(*(x.tolist() for x in (logprobs, behavior, advantages, mask, reference))):
         n = int(sum(m))
         ratios = [math.exp(lp[t] - old[t]) for t in range(n)]
         if base == "gspo":
             ratios = [math.exp(sum(lp[t] - old[t] for t in range(n)) / n)] * n
-        sequences.append([-min(r * A, min(max(r, 1 - low), 1 + high) * A) for r in ratios])
+        kls = [math.exp(ref[t] - lp[t]) - (ref[t] - lp[t]) - 1 for t in range(n)]  # k3
+        sequences.append([-min(r * A, min(max(r, 1 - low), 1 + high) * A) + kl_coef * kl
+                          for r, kl in zip(ratios, kls)])
     tokens = [x for sequence in sequences for x in sequence]
     if base in ("grpo", "gspo"):
         return sum(sum(s) / len(s) for s in sequences) / len(sequences)
     return sum(tokens) / (len(tokens) if base == "dapo" else len(sequences) * max_new_tokens)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
 @pytest.mark.parametrize("base", BASES)
-def test_loss_against_scalar_loops_and_finite_differences(base):
-    """Guards against the wrong average, the wrong ratio, and a gradient that is not that of the loss."""
-    logprobs, *given = random_rows()
-    objective = BASES[base]._replace(max_new_tokens=9)
-    loss, metrics = policy_loss(logprobs, *given, objective)
-    assert math.isclose(loss.item(), loss_by_hand(logprobs, *given, base, 9), rel_tol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: policy_loss(x, *given, objective)[0], logprobs)
-    assert 0 < metrics["clip_fraction"] < 1
+def test_loss_against_scalar_loops_and_finite_differences(base, kl_coef):
+    """Guards against a wrong average, ratio, KL, gradient, and a denominator that is a part's own: parts add up.
 
-
-@pytest.mark.parametrize("base", BASES)
-def test_losses_of_parts_add_up(base):
-    """Guards against a denominator that is the part's own: with the whole's counts, they sum to the whole."""
-    rows, objective = random_rows(), BASES[base]._replace(max_new_tokens=9)
-    whole, _ = policy_loss(*rows, objective)
-    parts = [policy_loss(*(x[part] for x in rows), objective, None, 6, rows[-1].sum())[0]
-             for part in (slice(0, 1), slice(1, 4), slice(4, 6))]
-    assert math.isclose(sum(parts).item(), whole.item(), rel_tol=1e-12)
+    The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down.
+    """
+    rows, objective = random_rows(), BASES[base]._replace(max_new_tokens=9, kl_coef=kl_coef)
+    reference, parts = rows[1].flip(0), []
+    loss, metrics = policy_loss(*rows, objective, reference)
+    assert math.isclose(loss.item(), loss_by_hand(*rows, reference, base, kl_coef, 9), rel_tol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, *rows[1:], objective, reference)[0], rows[0])
+    assert 0 < metrics["clip_fraction"] < 1 and metrics["kl"] > 0
+    for i in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        part, _ = policy_loss(*(x[i] for x in rows), objective, reference[i], 6, rows[3].sum())
+        parts.append(part.item())
+    assert math.isclose(sum(parts), loss.item(), rel_tol=1e-12)
     with pytest.raises(ValueError):  # (Q, G) advantages would broadcast into nonsense
         policy_loss(rows[0], rows[1], rows[2].view(2, 3), rows[3], objective)
-
-
-@pytest.mark.parametrize("coefficient", [1.0, -1.0])
-def test_clip_on_both_signs(coefficient):
-    """The released code takes min(ratio, clip(ratio)) * r: for r < 0 that goes on pushing down what is down.
-
-    With the coefficient inside the min, the gradient stops exactly where the ratio has moved far enough.
-    """
-    behavior, advantage, mask = torch.tensor([[-1.0]]), torch.tensor([coefficient]), torch.ones(1, 1)
-    for ratio in (0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0):
-        logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)
-        loss, metrics = policy_loss(logprob, behavior, advantage, mask)
-        loss.backward()
-        moved_enough = ratio > 1.2 if coefficient > 0 else ratio < 0.8
-        assert (logprob.grad.item() == 0) == moved_enough == (metrics["clip_fraction"] == 1)
-        if not moved_enough:
-            assert math.isclose(logprob.grad.item(), -coefficient * ratio, rel_tol=1e-5)
-
-
-def test_kl_is_k3_and_averaged_like_the_loss():
-    """k3 = e^d - d - 1, d = log pi_ref - log pi, by hand on one token; advantages of 0 leave the KL alone."""
-    logprobs, reference = torch.tensor([[-1.0, -9.0]]), torch.tensor([[-1.5, -2.0]])
-    loss, metrics = policy_loss(logprobs, logprobs, torch.zeros(1), torch.tensor([[1.0, 0.0]]),
-                                BASES["grpo"]._replace(kl_coef=0.5), reference)
-    k3 = math.exp(-0.5) + 0.5 - 1
-    assert math.isclose(loss.item(), 0.5 * k3, rel_tol=1e-6) and math.isclose(metrics["kl"], k3, rel_tol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -502,8 +449,6 @@ def test_token_logprobs_equal_the_plain_full_softmax(model, tokenizer):
         logits = model(torch.cat([torch.tensor(prompt), row])[None]).logits[0] / 0.7
         plain = logits.log_softmax(-1)[len(prompt) - 1:-1].gather(-1, row[:, None]).squeeze(-1)
         assert torch.allclose(ours[i, :len(row)], plain, atol=1e-5) and (ours[i, len(row):] == 0).all()
-    whole = token_logprobs(model, batch.prompts, batch.tokens, batch.mask.long(), 0.7, chunk=3)  # any 0/1 mask
-    assert torch.equal(whole, ours)
 
 
 class Recorder(torch.optim.SGD):
@@ -517,37 +462,11 @@ class Recorder(torch.optim.SGD):
         self.seen.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
 
 
-def gradient_of(update_of, model):
-    """What update_of(optimizer) returns, and the gradient that the optimizer gets to see."""
+def gradients_of(model, batch, coefficients, objective, **options):
+    """The metrics of an update, and the gradient of each of its steps."""
     recorder = Recorder(model)
-    return update_of(recorder), recorder.seen[-1]
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
-    """Guards against a denominator per micro-batch, and against dropped rows missing from it.
-
-    Also against the last one's loss standing for the batch's. The oracle is one padded pass over all rows.
-    """
-    batch, results = batch_of(model, tokenizer), []
-    model, reference = moved(model), tiny_model(seed=3) if kl_coef else None
-    objective = BASES[base]._replace(max_new_tokens=16, kl_coef=kl_coef)
-    for budget in (1, 60, 10**9):
-        results.append(gradient_of(lambda optimizer: pipo.update(
-            model, optimizer, batch, batch.advantages, objective, 0.0, microbatch_tokens=budget,
-            max_grad_norm=1e9, reference=reference), model))
-    rows = batch.prompts, batch.tokens, batch.mask
-    ref_logprobs = token_logprobs(reference, *rows).detach() if kl_coef else None
-    loss, means = policy_loss(token_logprobs(model, *rows), batch.behavior_logprobs,
-                              batch.advantages.flatten(), batch.mask, objective, ref_logprobs)
-    plain = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    for metrics, gradient in results:
-        assert torch.allclose(gradient, plain, atol=1e-5 * plain.abs().max()) and plain.abs().max() > 0
-        assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-3, abs_tol=1e-6)
-        assert math.isclose(metrics["grad_norm"], plain.norm().item(), rel_tol=1e-4)
-        if kl_coef:
-            assert math.isclose(metrics["kl"], means["kl"], rel_tol=1e-4)
+    options = dict(lr=0.0, max_grad_norm=1e9) | options
+    return pipo.update(model, recorder, batch, coefficients, objective, **options), recorder.seen
 
 
 def moved(model):
@@ -560,54 +479,66 @@ def moved(model):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_minibatch_is_trained_as_a_batch_of_its_own(model, tokenizer, base):
-    """Guards against groups torn apart, and denominators or a gradient that reach beyond the minibatch."""
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_splitting_the_batch_does_not_change_the_gradient(model, tokenizer, base, kl_coef):
+    """Guards against a denominator per micro-batch, or without dropped rows, or beyond the minibatch."""
     batch, model = batch_of(model, tokenizer), moved(model)
-    options = dict(objective=BASES[base]._replace(max_new_tokens=16), lr=0.0, max_grad_norm=1e9)
-    recorder = Recorder(model)
-    pipo.update(model, recorder, batch, batch.advantages, minibatches=2, **options)
-    assert len(recorder.seen) == 2
-    for half, seen in zip((slice(0, 8), slice(8, 16)), recorder.seen):
-        part = replace(batch, prompts=batch.prompts[half], tokens=batch.tokens[half], mask=batch.mask[half],
-                       behavior_logprobs=batch.behavior_logprobs[half])
-        _, alone = gradient_of(lambda o: pipo.update(
-            model, o, part, batch.advantages.flatten()[half].view(2, 4), **options), model)
-        assert torch.allclose(seen, alone, atol=1e-6 * alone.abs().max()) and alone.abs().max() > 0
+    objective = BASES[base]._replace(max_new_tokens=16, kl_coef=kl_coef)
+    if kl_coef:
+        reference = tiny_model(seed=3)
+        batch.ref_logprobs = token_logprobs(reference, batch.prompts, batch.tokens, batch.mask).detach()
+    for n in (16, 8):  # rows of a minibatch; the oracle is one padded pass over all of them
+        losses, plain = [], []
+        for rows in (slice(i, i + n) for i in range(0, 16, n)):
+            logprobs = token_logprobs(model, batch.prompts[rows], batch.tokens[rows], batch.mask[rows])
+            loss, _ = policy_loss(logprobs, batch.behavior_logprobs[rows], batch.advantages.flatten()[rows],
+                                  batch.mask[rows], objective, batch.ref_logprobs[rows] if kl_coef else None)
+            losses.append(loss.item())
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            plain.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        for budget in (1, 60, 10**9):
+            metrics, seen = gradients_of(model, batch, batch.advantages, objective, minibatches=16 // n,
+                                         microbatch_tokens=budget)
+            for ours, oracle in zip(seen, plain, strict=True):
+                assert torch.allclose(ours, oracle, atol=1e-5 * oracle.abs().max()) and oracle.abs().max() > 0
+            assert math.isclose(metrics["loss"], statistics.mean(losses), rel_tol=1e-3, abs_tol=1e-6)
+            assert math.isclose(metrics["grad_norm"], max(oracle.norm() for oracle in plain), rel_tol=1e-4)
 
 
 def test_microbatches_cover_every_row_once_within_budget():
     """Guards against a row lost or trained twice, and a budget that counts tokens without their padding."""
-    lengths = torch.tensor([5, 50, 7, 7, 31, 2, 90, 12])
-    for rows in (list(range(8)), [1, 3, 4, 7]):
-        parts = pipo.microbatches(torch.tensor(rows), lengths, 64)
-        assert sorted(i for part in parts for i in part.tolist()) == rows
-        assert all(len(part) == 1 or len(part) * lengths[part].max() <= 64 for part in parts)
+    lengths, rows = torch.tensor([5, 50, 7, 7, 31, 2, 90, 12]), [0, 1, 3, 4, 6, 7]
+    parts = pipo.microbatches(torch.tensor(rows), lengths, 64)
+    assert sorted(i for part in parts for i in part.tolist()) == rows
+    assert all(len(part) == 1 or len(part) * lengths[part].max() <= 64 for part in parts)
 
 
-@pytest.mark.parametrize("phi, direction", [(2.0, 1), (-0.2, -1)])
-def test_feedback_reinforces_or_suppresses_the_previous_batch(tokenizer, phi, direction):
-    """xi < 0 must make the previous batch's right answers less likely, and its wrong ones more."""
-    model = tiny_model()
-    batch = batch_of(model, tokenizer)
-    rows = batch.prompts, batch.tokens, batch.mask
-    before = token_logprobs(model, *rows).sum(1).detach()
-    pipo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), batch,
-                improvement_rewards(batch.advantages, phi), BASES["grpo"], 0.1)
-    change = token_logprobs(model, *rows).sum(1).detach() - before
-    right, wrong = batch.advantages.flatten() > 0, batch.advantages.flatten() < 0
-    assert (change[right].mean() - change[wrong].mean()) * direction > 0
+def test_where_memory_runs_out_passes_get_smaller(model, tokenizer, graded_by_coin, monkeypatch):
+    """With the same gradient: no row counts twice or not at all. Later steps remember, or each would run out anew."""
+    batch, model, sizes, plain = batch_of(model, tokenizer), moved(model), [], pipo.policy_loss
+    options = dict(minibatches=2, microbatch_tokens=60)
 
+    def with_room_for(tokens):
+        def loss(logprobs, *others):
+            sizes.append(logprobs.numel())
+            if logprobs.numel() > tokens:
+                raise torch.OutOfMemoryError
+            return plain(logprobs, *others)
 
-def test_the_learning_rate_is_the_one_of_the_call(tokenizer):
-    """Guards against the rate that the optimizer was made with: pi_lr would be ignored."""
-    moves = []
-    for lr in (0.01, 0.02):
-        model = tiny_model()
-        batch, before = batch_of(model, tokenizer), weights(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], lr)
-        moves.append(weights(model) - before)
-    assert torch.allclose(2 * moves[0], moves[1], atol=1e-6) and 0 < moves[0].norm() < 0.011
+        monkeypatch.setattr(pipo, "policy_loss", loss)
+        return gradients_of(model, batch, batch.advantages, BASES["dapo"], **options)
+
+    (_, whole), (metrics, split) = with_room_for(999), with_room_for(30)
+    assert sizes[0] <= 30 < max(sizes) and metrics["microbatch_tokens"] < 60  # what was done is done again
+    for a, b in zip(whole, split, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * a.abs().max()) and a.abs().max() > 0
+    run = pipo.Run(model, tokenizer, Recorder(model), ImprovementTracker(2))
+    for step in (1, 2):
+        sizes.clear()
+        _, row = pipo.iteration(run, PROBLEMS, Config(lr=0.0, max_new_tokens=8))
+        assert (max(sizes) > 30) == (step == 1) and row["microbatch_tokens"] == run.microbatch_tokens
+    with pytest.raises(torch.OutOfMemoryError):  # where not even one row fits, there is no going on
+        with_room_for(0)
 
 
 def test_no_step_without_signal(tokenizer):
@@ -618,7 +549,7 @@ def test_no_step_without_signal(tokenizer):
     pipo.update(model, optimizer, batch, batch.advantages, BASES["grpo"], 1e-2)  # momentum to move on
     before = weights(model)
     metrics = pipo.update(model, optimizer, batch, torch.zeros_like(batch.advantages), BASES["grpo"], 1e-2)
-    assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1
+    assert torch.equal(weights(model), before) and metrics["skipped_steps"] == 1 and metrics["ratio"] is None
 
 
 @pytest.mark.parametrize("masters", [False, True])
@@ -641,37 +572,34 @@ def test_numbers_that_are_not_finite_take_no_step_and_leave_no_gradient(tokenize
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One iteration. What both steps are given under every base, feedback and setting, and when one is not taken.
+# One iteration. What both steps are given under every base and setting, and when one is not taken.
 # ------------------------------------------------------------------------------------------------------------
 
 HALF_AND_HALF, ALL_WRONG = [[1, 1, 0, 0]], [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_both_steps_get_the_objective_and_the_settings(iterate, base):
-    """Guards against advantages of another base (Dr. GRPO's are not divided by the std), and a lost setting.
-
-    Also against a KL in the verification step, and a rate or a number of passes that are the other step's.
-    """
+def test_both_steps_get_the_objective_and_the_settings(iterate, base, monkeypatch):
+    """Guards against another base's advantages (Dr. GRPO's have no std), and a setting lost or of the other step."""
     cfg = Config(base=base, window=2, kl_coef=0.01, clip_high=0.5, lr=1e-3, pi_lr=5e-4, temperature=0.9,
                  minibatches=2, microbatch_tokens=77, max_grad_norm=3.0, max_new_tokens=9, epochs=2)
     run = start(cfg, 0)
-    run.reference, run.model, run.optimizer = object(), SimpleNamespace(device=CPU), object()
-    b1, _, _ = iterate(run, [[1, 0, 0, 0], [1, 1, 1, 1]], cfg)
+    run.optimizer = object()
+    monkeypatch.setattr(pipo, "reference_logprobs", lambda run, batch, cfg: f"of step {run.step}")
+    b1, *_ = iterate(run, [[1, 0, 0, 0], [1, 1, 1, 1]], cfg)
     b2, row, (verification, *exploration) = iterate(run, [[1, 1, 1, 0], [0, 0, 0, 0]], cfg)
     size = 1.0 if base == "dr_grpo" else 0.5  # of the std that is divided by
-    assert close(b1.advantages, [[0.75 / size, *[-0.25 / size] * 3], [0.0] * 4])
     assert close(b2.advantages, [[*[0.25 / size] * 3, -0.75 / size], [0.0] * 4])
     phi = 2**0.5 / 10  # of 3/8 against the window 0, 5/8; the attribution is the same whatever the base
     assert close(verification.coefficients, [[2 * phi, *[-2/3 * phi] * 3], [0.0] * 4])
-    assert verification.batch is b1 and verification.lr == 5e-4 and verification.reference is None
-    assert len(exploration) == 2
+    assert verification.batch is b1 and verification.lr == 5e-4 and verification.objective.kl_coef == 0
+    assert len(exploration) == 2 and b2.ref_logprobs == "of step 2"
     for step in exploration:
-        assert step.batch is b2 and torch.equal(step.coefficients, b2.advantages)
-        assert step.lr == 1e-3 and step.reference is run.reference
+        assert step.batch is b2 and step.coefficients is b2.advantages
+        assert step.lr == 1e-3 and step.objective.kl_coef == 0.01
     for step in (verification, *exploration):
         assert step.model is run.model and step.optimizer is run.optimizer
-        assert step.objective == BASES[base]._replace(clip_high=0.5, max_new_tokens=9, kl_coef=0.01)
+        assert step.objective._replace(kl_coef=0) == BASES[base]._replace(clip_high=0.5, max_new_tokens=9)
         assert (step.temperature, step.minibatches) == (0.9, 2)
         assert (step.microbatch_tokens, step.max_grad_norm) == (77, 3.0)
 
@@ -693,275 +621,105 @@ def test_where_there_is_no_verification_step(iterate, verdict, changes, past_mea
     assert [update.batch for update in updates] == [batch]
 
 
-def test_the_window_takes_every_mean_once_and_first_verifies_at_step_k_plus_1(iterate):
-    """Guards against a batch judged by a window with itself in it, and a mean that is not pushed."""
-    cfg, means = Config(window=3), []
-    run = start(cfg)
-    for step, right in enumerate((1, 3, 2, 4, 0, 2, 3, 1), 1):
-        _, row, _ = iterate(run, [[1] * right + [0] * (4 - right)], cfg)
-        assert row["step"] == step and row["mu"] == right / 4 and (row["feedback"] == "warmup") == (step <= 3)
-        if step > 3:
-            xi = (row["mu"] - statistics.mean(means[-3:])) / statistics.stdev(means[-3:])
-            assert math.isclose(row["xi"], xi, abs_tol=1e-12)
-        means.append(row["mu"])
-
-
-@pytest.fixture
-def shuffled(iterate, monkeypatch):
-    """shuffled(seed): of each verified step its number, how many xi came before, and which it took."""
-    monkeypatch.setattr(pipo, "grade", lambda text, *_: (float(text[7:-1]), None))  # what stands in the box
-
-    def all_steps(seed):
-        cfg = Config(feedback="shuffled", window=2, lam=0.5, seed=seed)
-        run, noise, xis, picks = start(cfg), random.Random(0), [], []
-        for step in range(1, 121):
-            torch.manual_seed(random.randrange(10**6))  # somebody else's draws must not matter
-            _, row, _ = iterate(run, [[noise.random(), 0.0]], cfg)
-            if row["feedback"] in ("positive", "negative"):
-                phis = [xi if xi >= 0 else 0.5 * xi for xi in xis]
-                picks.append((step, len(xis), phis.index(row["coefficient"])))
-            xis += [] if row["xi"] is None else [row["xi"]]
-        return picks
-
-    return all_steps
-
-
-def test_shuffled_draws_any_earlier_xi_by_seed_and_step(shuffled):
-    """Guards against a draw of always the last xi (nearly the true one), of the present one, or of luck."""
-    picks = shuffled(seed=0)
-    assert picks == shuffled(seed=0) and [step for step, _, _ in picks] == list(range(4, 121))
-    assert all(0 <= drawn < known == step - 3 for step, known, drawn in picks)
-    ages = [known - drawn for _, known, drawn in picks]  # 1: the last
-    assert Counter(ages).most_common(1)[0][1] < 20 and len(set(ages)) > 40
-    places = [drawn / (known - 1) for _, known, drawn in picks[1:]]
-    assert 0.4 < statistics.mean(places) < 0.6 and min(places) < 0.1 and max(places) > 0.9  # evenly
-    assert [drawn for _, _, drawn in shuffled(seed=1)] != [drawn for _, _, drawn in picks]
-
-
-def test_shuffled_draws_anew_at_every_step():
-    """Guards against one place in the past for a whole run: here the past is the same, the step is not."""
-    cfg = Config(feedback="shuffled", window=2)
-    run, seen, now = start(cfg, 1/8, 2/8), set(), pipo.Feedback(0.5, 0.5, 3/16, 1/8)
-    run.past_xi = [float(i) for i in range(1, 1001)]
-    for run.step in range(20):
-        value, verdict = pipo.feedback_coefficient(now, run, cfg)
-        assert (value, verdict) == pipo.feedback_coefficient(now, run, cfg) and value in run.past_xi
-        seen.add(value)
-    assert len(seen) > 15
-
-
-def test_constant_replaces_phi_and_nothing_else(iterate):
-    """Guards against a control that verifies at other times than PIPO, and a xi missing from its log."""
-    cfg = Config(feedback="constant", constant=0.43, window=2)
-    run = start(cfg, 1/8)
-    b1, row, _ = iterate(run, HALF_AND_HALF, cfg)
-    assert row["feedback"] == "warmup"
-    _, row, (verification, _) = iterate(run, [[1, 0, 0, 0]], cfg)
-    assert row["coefficient"] == 0.43 and row["xi"] < 0 and row["feedback"] == "positive"
-    assert verification.batch is b1
-    assert close(verification.coefficients, [[0.43, 0.43, -0.43, -0.43]])
+def test_gspo_in_bfloat16_takes_its_ratio_against_the_trainers_own_logprobs(tokenizer):
+    """There sampler and trainer differ by more than GSPO's clip: noise alone clips, before any update."""
+    clipped = {}
+    for base in ("grpo", "gspo"):
+        model, cfg = tiny_model().to(torch.bfloat16), Config(base=base, max_new_tokens=24)
+        batch = pipo.rollout(pipo.Run(model, tokenizer, None, None, step=2), PROBLEMS, cfg)
+        coefficients = torch.tensor([[1.0, -1.0] * 4] * 4)
+        clipped[base] = pipo.update(model, Recorder(model), batch, coefficients, BASES["gspo"], 0.0, 0.7)
+    assert clipped["grpo"]["clip_fraction"] > 0.1 and clipped["grpo"]["logprob_gap"] > 1e-4
+    assert clipped["gspo"]["clip_fraction"] == clipped["gspo"]["logprob_gap"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Training. The loop as a whole: against GRPO written out, and from what the two updates are called with.
+# Training. The loop as a whole, against GRPO and PIPO written out; data order and evaluation.
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_feedback_none_is_plain_grpo_bit_for_bit(folder, tmp_path, graded_by_coin):
-    """Against GRPO written out: no tracker, one optimizer step a batch, one pass over all rows."""
-    cfg = settings(folder, tmp_path / "run", feedback="none", steps=4)
+def step_by_hand(model, optimizer, batch, coefficients, lr):
+    """One GRPO step: one pass over all rows that have a coefficient, shortest first; the clip is 0.2."""
+    lengths = torch.tensor([len(p) for p in batch.prompts]) + batch.mask.sum(1)
+    order = (coefficients.flatten() != 0).nonzero().squeeze(1)
+    order = order[lengths[order].argsort(stable=True)]
+    width = int(batch.mask[order].sum(1).max())
+    A, mask = coefficients.flatten()[order, None], batch.mask[order, :width]
+    logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
+    ratio = (logprobs - batch.behavior_logprobs[order, :width]).exp()
+    surrogate = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)
+    ((surrogate * mask / mask.sum(1, keepdim=True)).sum() / 16).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("feedback, epochs", [("none", 1), ("pipo", 2), ("constant", 1)])
+def test_runs_are_plain_grpo_or_pipo_bit_for_bit(folder, tmp_path, graded_by_coin, feedback, epochs):
+    """Guards against a verification step in GRPO, or too early, on another batch, of another size, rate or ratio."""
+    cfg = settings(folder, tmp_path / "run", feedback=feedback, epochs=epochs, steps=7, window=3, pi_lr=5e-4)
     rows = pipo.train(cfg)
     model, tokenizer = pipo.load_model(cfg.model, CPU), AutoTokenizer.from_pretrained(cfg.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay, fused=True)
     problems = pipo.read_problems(pipo.load_rows(cfg.dataset, "train"), tokenizer, cfg, "")
-    for step in range(1, 5):
+    mus, coefficients, previous = [], [], None
+    for step in range(1, 8):
         prompts = [problem.prompt for problem in pipo.pick_problems(problems, step, cfg)]
         batch = sample(model, tokenizer, prompts, 4, 8, generator=pipo.rng("cpu", cfg.seed, "sample", step))
-        A = group_advantages(torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)).flatten()
-        lengths = torch.tensor([len(p) for p in batch.prompts]) + batch.mask.sum(1)
-        order = (A != 0).nonzero().squeeze(1)
-        order = order[lengths[order].argsort(stable=True)]
-        width = int(batch.mask[order].sum(1).max())
-        mask = batch.mask[order, :width]
-        logprobs = token_logprobs(model, [batch.prompts[i] for i in order], batch.tokens[order, :width], mask)
-        ratio = (logprobs - batch.behavior_logprobs[order, :width]).exp()
-        surrogate = -torch.min(ratio * A[order, None], ratio.clamp(0.8, 1.2) * A[order, None])
-        ((surrogate * mask / mask.sum(1, keepdim=True)).sum() / 16).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        rewards = torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)
+        A, mu, used = group_advantages(rewards), rewards.double().mean().item(), 0.0
+        if feedback != "none" and step > 3:
+            xi = (mu - statistics.mean(mus[-3:])) / statistics.stdev(mus[-3:])
+            used = 0.43 if feedback == "constant" else xi if xi >= 0 else 0.1 * xi
+        if used:
+            rewards = (previous[1] * 4 * used / previous[1].abs().sum(1, keepdim=True)).nan_to_num()
+            step_by_hand(model, optimizer, previous[0], rewards, 5e-4)
+        for _ in range(epochs):
+            step_by_hand(model, optimizer, batch, A, 1e-3)
+        mus, coefficients, previous = mus + [mu], coefficients + [used], (batch, A)
     assert torch.equal(weights(model), weights(tmp_path / "run" / "model"))
-    assert {row["feedback"] for row in rows} == {"off"} and not any("pi_loss" in row for row in rows)
+    assert [row["mu"] for row in rows] == mus and [row["coefficient"] for row in rows] == coefficients
+    assert [row["feedback"] for row in rows[:3]] == ["off" if feedback == "none" else "warmup"] * 3
+    assert [row["xi"] is None for row in rows] == [True] * 3 + [False] * 4  # a control logs it, too
 
 
-def test_loop_follows_the_algorithm(folder, tmp_path, graded_by_coin, monkeypatch):
-    """The order of one iteration in a real run, from what `update` is called with.
-
-    Verification comes first, on the previous batch, from step K + 1 on, with a_i * phi; exploration is on the
-    fresh one; mu counts every sample; xi is read from the K values before it.
-    """
-    calls, plain_update = [], pipo.update
-
-    def recorded(model, optimizer, batch, coefficients, **options):
-        calls.append((batch, coefficients.clone(), options["lr"]))
-        return plain_update(model, optimizer, batch, coefficients, **options)
-
-    monkeypatch.setattr(pipo, "update", recorded)
-    rows = pipo.train(settings(folder, tmp_path / "run", window=3, pi_lr=5e-4, steps=8))
-    assert [row["feedback"] for row in rows[:3]] == ["warmup"] * 3
-    assert rows[3]["feedback"] in ("positive", "negative")
-    mus, previous, made = [row["mu"] for row in rows], None, iter(calls)
-    for t, row in enumerate(rows):
-        if t >= 3:
-            window = mus[t - 3:t]
-            xi = (mus[t] - statistics.mean(window)) / statistics.stdev(window)
-            assert math.isclose(row["xi"], xi, rel_tol=1e-9)
-            assert math.isclose(row["phi"], row["xi"] if row["xi"] >= 0 else 0.1 * row["xi"])
-            assert (row["feedback"] == "zero") == (row["xi"] == 0)  # neither up nor down: no step
-        if row["coefficient"]:
-            batch, coefficients, lr = next(made)
-            assert batch is previous and lr == 5e-4 and "pi_loss" in row
-            assert torch.allclose(coefficients, improvement_rewards(previous.advantages, row["phi"]))
-        batch, coefficients, lr = next(made)
-        assert batch is not previous and lr == 1e-3 and torch.equal(coefficients, batch.advantages)
-        rewards = torch.tensor([coin(text, "")[0] for text in batch.texts])
-        assert math.isclose(row["mu"], rewards.mean(), rel_tol=1e-6) and len(rewards) == 16
-        previous = batch
-    assert next(made, None) is None and len(calls) > len(rows) + 3
+def test_the_kl_is_to_the_start_and_training_needs_no_signals(folder, tmp_path, graded_by_coin):
+    """Guards against a reference that is trained along: the KL would stay 0. In a thread no signal is caught."""
+    with ThreadPoolExecutor() as threads:
+        rows = threads.submit(pipo.train, settings(folder, tmp_path / "run", steps=3, kl_coef=0.1)).result()
+    assert abs(rows[0]["kl"]) < 1e-8 < 1e-6 < rows[1]["kl"] < rows[2]["kl"]
 
 
-@pytest.mark.parametrize("feedback", ["constant", "shuffled"])
-def test_controls_take_the_same_steps_with_another_coefficient(folder, tmp_path, graded_by_coin, feedback):
-    """A gain of PIPO must be told from that of one more step, scaled by a constant or an earlier xi's phi."""
-    rows = pipo.train(settings(folder, tmp_path / "run", feedback=feedback, steps=8, lam=0.5))
-    verified = ("positive", "negative")
-    used = [(t, row["coefficient"]) for t, row in enumerate(rows) if row["feedback"] in verified]
-    assert len(used) >= 4
-    for t, coefficient in used:
-        earlier = [row["xi"] for row in rows[:t] if row["xi"] is not None]
-        allowed = [0.43] if feedback == "constant" else [xi if xi >= 0 else 0.5 * xi for xi in earlier]
-        assert any(math.isclose(coefficient, value) for value in allowed)
-
-
-def test_minibatches_take_that_many_steps_in_both_updates(folder, tmp_path, graded_by_coin, monkeypatch):
-    """Guards against a verification of one step where exploration takes two, and steps not counted."""
-    steps = []
-
-    class Counting(torch.optim.AdamW):
-        def step(self):
-            steps.append(1)
-            super().step()
-
-    monkeypatch.setattr(pipo, "make_optimizer", lambda model, cfg: Counting(model.parameters(), lr=cfg.lr))
-    rows = pipo.train(settings(folder, tmp_path / "run", minibatches=2, steps=5))
-    taken = sum(2 - row["skipped_steps"] for row in rows)
-    taken += sum(2 - row["pi_skipped_steps"] for row in rows if "pi_loss" in row)
-    assert len(steps) == taken > 10
-
-
-def test_the_ratio_can_be_against_the_trainers_own_logprobs(tokenizer):
-    """In bf16 sampler and trainer differ by more than GSPO's clip: noise alone clips, before any update."""
-    clipped = {}
-    for behavior in ("sampler", "trainer", "auto"):
-        model = tiny_model().to(torch.bfloat16)
-        cfg = Config(base="gspo", behavior=behavior, max_new_tokens=24)
-        run = pipo.Run(model, tokenizer, Recorder(model), ImprovementTracker(2), step=1)
-        batch = pipo.ask(run, [pipo.Problem("", prompt, "1", ("1",), {}) for prompt in PROMPTS], cfg)
-        coefficients = torch.tensor([[1.0, -1.0] * 4] * 4)
-        clipped[behavior] = pipo.update(model, Recorder(model), batch, coefficients, BASES["gspo"], 0.0, 0.7)
-    assert clipped["sampler"]["clip_fraction"] > 0.1 and clipped["sampler"]["logprob_gap"] > 1e-4
-    assert clipped["trainer"]["clip_fraction"] == 0 and clipped["auto"] == clipped["trainer"]
-
-
-def test_dynamic_sampling_fills_up_with_mixed_groups_and_mu_counts_them_all(folder, tmp_path, monkeypatch):
-    """The released code takes mu over the kept groups: with one right in four it would read 1/2, not 1/8."""
-    asked = []
-
-    def rewards_of(batch, problems, reward=None):
-        asked.append([problem.text for problem in problems])
-        return torch.tensor([[1.0, 0, 0, 0] if problem.text in "bd" else [0.0] * 4 for problem in problems]), {}
-
-    monkeypatch.setattr(pipo, "grade_all", rewards_of)
-    problems = [pipo.Problem(letter, [3 + i], "", ("",), {}) for i, letter in enumerate("abcdef")]
-    cfg = Config(prompts_per_step=2, group_size=4, dynamic_sampling=2, max_new_tokens=8, temperature=1.0)
-    model, tokenizer = tiny_model(), letter_tokenizer()
-    run = pipo.Run(model, tokenizer, Recorder(model), ImprovementTracker(2))
-    batch, row = pipo.iteration(run, problems, cfg)
-    assert asked == [["a", "b"], ["c", "d"]] and [p.text for p in batch.problems] == ["b", "d"]
-    assert row["mu"] == 1/8 and row["zero_signal"] == 0 and batch.rewards.tolist() == [[1, 0, 0, 0]] * 2
-    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask)
-    assert (again - batch.behavior_logprobs).abs().max() < 1e-4  # rows and their log-probabilities stay together
-    changes = dict(dynamic_sampling=1, steps=3, feedback="constant")
-    monkeypatch.undo()
-    assert len(pipo.train(settings(folder, tmp_path / "run", **changes))) == 3
-
-
-def test_a_second_epoch_takes_a_second_step(folder, tmp_path, graded_by_coin):
-    """Guards against one epoch too few, and one whose ratio is taken against the policy after the first."""
-    runs = {n: pipo.train(settings(folder, tmp_path / str(n), steps=3, feedback="none", epochs=n))
-            for n in (1, 2)}
-    assert runs[1][0]["mu"] == runs[2][0]["mu"]
-    assert runs[1][0]["ratio"] == pytest.approx(1, abs=1e-5) and abs(runs[2][0]["ratio"] - 1) > 1e-5
-    for epochs in (1, 2):
-        assert next(iter(saved(tmp_path / str(epochs))["optimizer"]["state"].values()))["step"] == 3 * epochs
-
-
-@pytest.mark.parametrize("Q, n", [(5, 10), (3, 7), (10, 10), (25, 10), (3, 1)])
+@pytest.mark.parametrize("Q, n", [(5, 10), (3, 7), (10, 10), (25, 10), (3, 2)])
 def test_every_epoch_shows_every_problem_once(Q, n):
-    """Guards against an order that starts over on resume, and problems lost or doubled where an epoch ends.
-
-    Q does not divide n, or is larger than it: a step then takes from two epochs, or from several.
-    """
+    """Guards against problems lost or doubled where an epoch ends in the middle of a step, and a lasting order."""
     problems, cfg = list(range(n)), Config(prompts_per_step=Q)
     steps = [pipo.pick_problems(problems, step, cfg) for step in range(1, 4 * n + 1)]
     assert all(len(step) == Q for step in steps)
     shown = sum(steps, [])
     epochs = [shown[i:i + n] for i in range(0, len(shown), n)]
     assert all(sorted(epoch) == problems for epoch in epochs) and len(epochs) == 4 * Q
-    assert n == 1 or sum(a == b for a, b in zip(epochs, epochs[1:])) == 0  # in a new order
-    assert pipo.pick_problems(problems, 3, cfg) == steps[2]  # from the step alone
-    other = sum((pipo.pick_problems(problems, step, replace(cfg, seed=1)) for step in (1, 2, 3)), [])
-    assert n == 1 or other != shown[:3 * Q]
+    assert len(set(map(tuple, epochs))) > 1 and pipo.pick_problems(problems, 3, cfg) == steps[2]
+    assert steps != [pipo.pick_problems(problems, step, replace(cfg, seed=1)) for step in range(1, 4 * n + 1)]
 
 
-def test_evaluation_is_the_mean_grade_with_its_standard_error(model, tokenizer, graded_by_coin):
-    """Guards against groups where one answer a problem is meant, and sampling that is not training's."""
-    cfg = Config(max_new_tokens=16, temperature=0.8, top_p=0.9)
-    problems = [pipo.Problem("", prompt, "", ("",), {}) for prompt in PROMPTS * 8]
-    run = pipo.Run(model, tokenizer, None, None)
-    scores = pipo.evaluate(run, {"set": problems}, cfg, pipo.rng("cpu", 3))
-    batch = sample(model, tokenizer, [p.prompt for p in problems], 1, 16, 0.8, 0.9, pipo.rng("cpu", 3))
+def test_evaluation_is_the_mean_grade_with_its_standard_error(model, tokenizer, graded_by_coin, monkeypatch):
+    """Guards against sampling that is not training's, and more rows at a time, whose probabilities would not fit."""
+    cfg = Config(max_new_tokens=16, temperature=0.8, top_p=0.9, prompts_per_step=3, group_size=2)
+    waves, plain = [], pipo.carry_on
+    monkeypatch.setattr(pipo, "carry_on", lambda model, wave, *others: (
+        waves.append(len(wave)), plain(model, wave, *others)))
+    batch = sample(model, tokenizer, PROMPTS * 8, 1, 16, 0.8, 0.9, pipo.rng("cpu", 3))
     p = statistics.mean(coin(text, "")[0] for text in batch.texts)
+    for few, rows in ((28 * 8, 8), (28, 6), (28 * 100, 32)):  # probabilities of 28 tokens; Q * G is 6
+        waves.clear()
+        monkeypatch.setattr(pipo, "FEW_PROBABILITIES", few)
+        run = pipo.Run(model, tokenizer, None, None)
+        scores = pipo.evaluate(run, {"set": PROBLEMS * 8}, cfg, pipo.rng("cpu", 3))
+        assert max(waves) == rows
     assert scores["eval_pass@1"] == pytest.approx(p) and 0 < p < 1
     assert scores["eval_stderr"] == pytest.approx((p * (1 - p) / 32) ** 0.5)
-    assert scores["eval_truncated"] == pytest.approx(batch.truncated.float().mean().item())
-
-
-def test_noise_in_the_rewards_depends_on_seed_and_step_alone(folder, tmp_path, graded_by_coin, monkeypatch):
-    """Guards against noise that changes with the arm, comes after mu or the advantages, or is in evaluations."""
-    plain_advantages, seen, evaluated = pipo.group_advantages, {}, {}
-    for name, changes in [("plain", {}), ("noisy", dict(reward_noise=0.25)),
-                          ("other arm", dict(reward_noise=0.25, feedback="pipo"))]:
-        seen[name] = []
-        monkeypatch.setattr(pipo, "group_advantages", lambda rewards, *a: (
-            seen[name].append(rewards.clone()), plain_advantages(rewards, *a))[1])
-        cfg = settings(folder, tmp_path / name, steps=3, lr=1e-12, eval_every=1,  # all runs sample the same
-                       eval_dataset=str(folder / "train.jsonl"), **{"feedback": "none", **changes})
-        evaluated[name] = [row["eval_pass@1"] for row in pipo.train(cfg)]
-    for step, (before, after, other) in enumerate(zip(*seen.values(), strict=True), 1):
-        flipped = torch.rand(4, 4, generator=pipo.rng("cpu", 0, "noise", step)) < 0.25
-        assert flipped.any() and torch.equal(after, torch.where(flipped, 1 - before, before))
-        assert torch.equal(after, other)
-    assert len(set(evaluated["plain"] + evaluated["noisy"])) == 1  # and each time drawn alike
-
-
-def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
-    """Signals can only be caught on the main thread; the loop must not need them."""
-    results, cfg = [], settings(folder, tmp_path / "run", steps=2)
-    thread = threading.Thread(target=lambda: results.append(pipo.train(cfg)))
-    thread.start()
-    thread.join()
-    assert len(results[0]) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -969,88 +727,58 @@ def test_training_off_the_main_thread(folder, tmp_path, graded_by_coin):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_greedy(ours, plain, prompts, limit):
-    """A batch sampled greedily holds the tokens of transformers' generate, one prompt at a time, unpadded."""
-    for prompt, tokens, mask in zip(prompts, ours.tokens, ours.mask):
+@pytest.mark.parametrize("kind", ["plain", "sliding windows", pytest.param("gpu", marks=on_gpu)])
+def test_greedy_sampling_equals_generate(kind, tokenizer):
+    """Guards against errors of cache, positions, padding and attention, or a mask that sees past a window.
+
+    Chance cannot pass it: prompts differ in length, and rows end at different lengths, by EOS or by the limit.
+    """
+    window = dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    plain = tiny_model(**window if kind == "sliding windows" else {}).to("cuda" if kind == "gpu" else "cpu")
+    ours = copy.deepcopy(plain)
+    ours.set_attn_implementation("shared_heads")
+    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(16)]
+    batch = sample(ours, tokenizer, prompts, 1, 24, temperature=0)
+    assert len(set(batch.mask.sum(1).tolist())) > 3 and batch.truncated.any() and not batch.truncated.all()
+    for prompt, tokens, mask in zip(prompts, batch.tokens, batch.mask):
         ids = torch.tensor([prompt], device=plain.device)
-        seen = torch.ones_like(ids)
-        theirs = plain.generate(ids, attention_mask=seen, do_sample=False, max_new_tokens=limit)[0]
+        theirs = plain.generate(ids, do_sample=False, max_new_tokens=24)[0]
         assert tokens[mask == 1].tolist() == theirs[len(prompt):].tolist()
 
 
-def test_greedy_sampling_equals_generate(model, tokenizer):
-    """Guards against cache, position, padding and attention errors; prompts differ in length, rows drop out.
-
-    Chance cannot pass it: the rows end at different lengths, some by EOS and some by the limit.
-    """
-    plain = tiny_model()
-    prompts = [[random.Random(i).randrange(2, 28) for _ in range(1 + i % 7)] for i in range(24)]
-    assert plain.config._attn_implementation == "sdpa"
-    ours = sample(model, tokenizer, prompts, 1, 24, temperature=0)
-    check_greedy(ours, plain, prompts, 24)
-    lengths = ours.mask.sum(1).tolist()
-    assert len(set(lengths)) > 3 and ours.truncated.any() and not ours.truncated.all()
-
-
-@on_gpu
-def test_greedy_sampling_on_a_gpu_equals_generate(tokenizer):
-    """Other attention kernels, the same tokens (fp32: rounding must not decide between near equals)."""
-    model, plain = tiny_model().cuda(), tiny_model().cuda()
-    model.set_attn_implementation("shared_heads")
-    ours = sample(model, tokenizer, PROMPTS, 1, 24, temperature=0, cache_tokens=60)
-    check_greedy(ours, plain, PROMPTS, 24)
-
-
-@pytest.mark.parametrize("temperature, top_p, cache_tokens", [
-    (1.0, 1.0, 10**6), (0.7, 1.0, 100), (1.3, 0.8, 100)])
-def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperature, top_p, cache_tokens):
-    """Guards against a ratio that is not 1 before any update: a temperature, or top-p, on one side only."""
-    batch = sample(model, tokenizer, PROMPTS, 8, 16, temperature, top_p, pipo.rng("cpu", 1), cache_tokens)
-    again = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, temperature, chunk=5)
-    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
+@pytest.mark.parametrize("temperature, top_p, room", [(1.0, 1.0, 10**6), (0.7, 1.0, 100), (1.3, 0.8, 100)])
+def test_sampler_logprobs_are_the_training_logprobs(model, tokenizer, temperature, top_p, room):
+    """Guards against a temperature, or top-p, on one side only, hidden state, and one draw for a whole group."""
+    batch, again, other = (sample(model, tokenizer, PROMPTS, 8, 16, temperature, top_p, pipo.rng("cpu", seed), room)
+                           for seed in (1, 1, 2))
+    logprobs = token_logprobs(model, batch.prompts, batch.tokens, batch.mask, temperature, chunk=5)
+    assert (logprobs - batch.behavior_logprobs).abs().max() < 1e-4
     assert batch.mask.sum(1).unique().numel() > 3 and (batch.behavior_logprobs[batch.mask == 1] < 0).all()
+    assert torch.equal(batch.tokens, again.tokens) and batch.texts != other.texts
+    assert max(group.unique().numel() for group in batch.tokens[:, 0].split(8)) > 2
 
 
-def test_sliding_windows_keep_their_own_masks(tokenizer):
-    """A ready mask that shows every token would let a layer with a window see past it: greedy tokens tell."""
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, eos_token_id=1)
-    plain = AutoModelForCausalLM.from_config(MistralConfig(**sizes, sliding_window=4)).eval()
-    ours = copy.deepcopy(plain)
-    ours.set_attn_implementation("shared_heads")
-    check_greedy(sample(ours, tokenizer, PROMPTS, 1, 24, temperature=0), plain, PROMPTS, 24)
+def test_only_ends_padding_and_bos_are_left_out_of_the_text(model):
+    """Where <answer> or </think> is a special token it went with the others: a right answer was not found."""
+    words = ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "d", "<tool_call>", *LETTERS[5:]]
+    tokenizer = letter_tokenizer(words[2:])
+    tokenizer.add_tokens([word for word in words if word[0] == "<"], special_tokens=True)
+    tokenizer.bos_token = words[27]
+    batch = sample(model, tokenizer, PROMPTS, 32, 16, generator=pipo.rng("cpu", 0))
+    assert {*batch.tokens[batch.mask == 1].tolist()} == {*range(28)} and tokenizer.decode([4], True) == ""
+    for text, tokens, mask in zip(batch.texts, batch.tokens, batch.mask):
+        shown = [token for token in tokens[mask == 1].tolist() if token not in (0, 1, 5, 9, 27)]
+        assert text == "".join(words[token] for token in shown)
 
 
-def test_running_out_of_memory_is_tried_again_before_the_room_shrinks(model, tokenizer, monkeypatch):
-    """One fragmented allocation left room for a row at a time, for the rest of the run."""
-    plain, calls = model.forward, []
-
-    @functools.wraps(plain)
-    def fails_once(ids, **options):
-        calls.append(len(ids))
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError
-        return plain(ids, **options)
-
-    monkeypatch.setattr(model, "forward", fails_once)
-    batch = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=10_000)
-    assert batch.out_of_memory == 1 and batch.cache_tokens == 10_000
-    monkeypatch.setattr(model, "forward", plain)
-    assert torch.equal(batch.tokens, sample(model, tokenizer, PROMPTS, 4, 24, temperature=0).tokens)
-
-
-def test_a_thought_stays_in_the_text_and_unfinished_it_is_no_answer(folder, tmp_path):
-    """Where <think> is a special token it went with the others, and `so 5? wait` was paid for 5."""
+def test_a_thought_that_the_prompt_opens_and_nobody_ends_is_no_answer():
+    """`so 5? wait` was paid for 5."""
     tokenizer = letter_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
-    ids = tokenizer("<think>ab</think>c<eos>").input_ids
-    assert pipo.decode(tokenizer, [ids], set()) == ["<think>ab</think>c"]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
     opened, = pipo.read_problems([{"problem": "a", "answer": "5"}], tokenizer, Config(instruction=""), "rows")
-    assert opened.thinking
     batch = SimpleNamespace(texts=[r"so \boxed{5}? wait", r"so</think>\boxed{5}"], tokens=torch.zeros(1))
-    assert pipo.grade_all(batch, [opened])[0].tolist() == [[0.0, 1.0]]
+    assert opened.thinking and pipo.grade_all(batch, [opened])[0].tolist() == [[0.0, 1.0]]
 
 
 def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
@@ -1069,17 +797,6 @@ def test_every_eos_ends_a_completion_and_is_trained(model, tokenizer):
     assert (torch.autograd.grad(loss, logprobs)[0].gather(1, last[:, None]) < 0).all()
 
 
-def test_groups_are_independent_draws_and_seeds_repeat(model, tokenizer):
-    """Guards against copies of a prompt sharing their first token (one draw for G rows), and hidden state."""
-    def drawn(seed):
-        return sample(model, tokenizer, [[3]], 64, 4, generator=pipo.rng("cpu", seed)).tokens
-
-    first = drawn(5)
-    torch.rand(7)  # somebody else draws in between
-    assert first[:, 0].unique().numel() > 5
-    assert torch.equal(first, drawn(5)) and not torch.equal(first, drawn(6))
-
-
 def test_draws_follow_the_distribution():
     """40,000 draws: the frequencies of softmax(logits / T); top-p keeps the smallest set with its mass."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(40000, 4)
@@ -1092,51 +809,77 @@ def test_draws_follow_the_distribution():
             assert torch.allclose(logprobs.exp().unique(), torch.tensor([0.3, 0.5]))
 
 
-@pytest.mark.parametrize("trouble", ["little room", "out of memory"])
-def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkeypatch, trouble):
-    """Guards against a token lost, drawn twice or put in the wrong place when a wave is cut short.
-
-    Chance cannot pass it: greedy completions of several lengths, most of which are interrupted at least once.
-    """
-    whole = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0)
-    plain, sizes, room = model.forward, [], 100 if trouble == "little room" else None
+def forward_fails(monkeypatch, model, when):
+    """A pass of the model runs out of memory where when(passes); passes: (rows, tokens in the cache) of all."""
+    plain, passes = type(model).forward.__get__(model), []
 
     @functools.wraps(plain)
     def forward(ids, **options):
-        sizes.append(len(ids))
-        if trouble == "out of memory" and ids.shape[0] * options["attention_mask"].shape[-1] > 100:
+        passes.append((len(ids), len(ids) * options["attention_mask"].shape[-1]))
+        if when(passes):
             raise torch.OutOfMemoryError
         return plain(ids, **options)
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("full")
-
     monkeypatch.setattr(model, "forward", forward)
-    cut = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=room, prefill_tokens=30)
+    return passes
+
+
+@pytest.mark.parametrize("options", [dict(cache_tokens=100), dict(rows_a_wave=5), {}], ids=str)
+def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkeypatch, options):
+    """Little room, few rows a wave, out of memory: no token is lost, drawn twice or put in the wrong place."""
+    whole = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0)
+    passes = forward_fails(monkeypatch, model, lambda passes: not options and passes[-1][1] > 100)
+    cut = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, prefill_tokens=30, **options)
     assert torch.equal(whole.tokens, cut.tokens) and torch.equal(whole.mask, cut.mask)
     assert (whole.behavior_logprobs - cut.behavior_logprobs).abs().max() < 1e-5
-    assert max(sizes[10:]) < 16  # no wave held all rows for long
-    assert cut.cache_tokens == 100 if room else cut.cache_tokens <= 100  # what ran out is not asked for again
-    monkeypatch.setattr(model, "forward", full)
+    assert max(passes[10:])[0] < 16 and max(passes)[0] <= options.get("rows_a_wave", 16)
+    assert cut.cache_tokens == options.get("cache_tokens") if options else cut.cache_tokens <= 100
+
+
+def test_running_out_of_memory_is_tried_again_before_the_room_shrinks(model, tokenizer, monkeypatch):
+    """One fragmented allocation left room for a row at a time for good; what runs out again is not asked for again."""
+    forward_fails(monkeypatch, model, lambda passes: len(passes) == 3)
+    batch = sample(model, tokenizer, PROMPTS, 4, 24, temperature=0, cache_tokens=10_000)
+    assert batch.out_of_memory == 1 and batch.cache_tokens == 10_000
+    run = pipo.Run(model, tokenizer, None, None, step=2, cache_tokens=10_000)
+    for limit in (100, 10_000):
+        forward_fails(monkeypatch, model, lambda passes: passes[-1][1] > limit)
+        batch = pipo.rollout(run, PROBLEMS, Config(group_size=4, max_new_tokens=24))
+        assert (batch.out_of_memory > 1) == (limit == 100) and run.cache_tokens == batch.cache_tokens <= 100
+    forward_fails(monkeypatch, model, lambda passes: True)
     with pytest.raises(torch.OutOfMemoryError):  # where not even one row fits, there is no going on
         sample(model, tokenizer, PROMPTS, 4, 24)
 
 
-def test_the_cache_writes_in_place_and_drops_rows(model):
-    """Against transformers' own cache, token by token, with a row dropped and the others in another order."""
-    ids = torch.randint(2, 28, (3, 9), generator=torch.Generator().manual_seed(0))
-    ours, theirs, rows = pipo.DynamicCache(), pipo.DynamicCache(), torch.tensor([2, 0])
-    name = pipo.cache_name(model)
-    for cache in (ours, theirs):
-        model(ids[:, :4], use_cache=True, **{name: cache})
-    theirs.batch_select_indices(rows)
-    ours = pipo.move_rows([ours], rows, room=5)
-    storage = ours.layers[0].all_keys.data_ptr()
-    for t in range(4, 9):
-        logits = [model(ids[rows, t:t + 1], use_cache=True, **{name: cache}).logits
-                  for cache in (ours, theirs)]
-        assert torch.allclose(*logits, atol=1e-5)
-    assert ours.get_seq_length() == 9 and ours.layers[0].all_keys.data_ptr() == storage
+def test_the_cache_is_written_in_place(model):
+    """A copy of it for every token would take most of the time of sampling."""
+    caches, logits, seen, rows = pipo.prefill(model, [(3, 4), (5, 6, 7)], 99)
+    cache = pipo.move_rows(caches, rows, room=5)
+    storage = cache.layers[0].all_keys.data_ptr()
+    pipo.decode_chunk(model, cache, seen, None, logits, 5, pipo.draw)
+    assert cache.get_seq_length() == 7 and cache.layers[0].all_keys.data_ptr() == storage
+
+
+
+
+def test_truncated_completions_can_be_left_out_of_updates(iterate):
+    """Their coefficient is 0, in both steps; mu and their group's mean and spread still count them."""
+    cfg = Config(window=2, mask_truncated=True)
+    run = start(cfg, 1/8)
+    _, row, (exploration,) = iterate(run, [[1, 0, 0, 0]], cfg, cut_off=(1, 3))
+    assert row["mu"] == 1/4 and close(exploration.coefficients, [[1.5, 0.0, -0.5, 0.0]])
+    _, row, (verification, _) = iterate(run, HALF_AND_HALF, cfg)
+    assert close(verification.coefficients, [[3 * row["phi"], 0.0, -row["phi"], 0.0]])  # of mean size phi
+
+
+def test_pass_at_k_is_unbiased(model, tokenizer, monkeypatch):
+    """By hand: 2 of 4 right gives pass@2 = 1 - C(2,2)/C(4,2) = 5/6. The standard error is over problems."""
+    rewards, run = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]]), pipo.Run(model, tokenizer, None, None)
+    monkeypatch.setattr(pipo, "grade_all", lambda *_: (rewards, {}))
+    scores = pipo.evaluate(run, {"set": PROBLEMS[:2]}, Config(eval_samples=4, max_new_tokens=4), pipo.rng("cpu", 0))
+    assert (scores["eval/set/pass@1"], scores["eval_pass@1"], scores["eval/set/pass@4"]) == (0.25, 0.25, 0.5)
+    assert scores["eval/set/pass@2"] == pytest.approx(5 / 12)
+    assert scores["eval/set/stderr"] == pytest.approx(0.25 / math.sqrt(2))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1445,19 +1188,13 @@ def expression(rng, depth):
         a = rng.choice(["x", "y", str(rng.randrange(1, 9)), r"\pi", r"\sqrt{%d}" % rng.randrange(2, 9)])
         return a, rng.choice([a, f"({a})", "{%s}" % a, f"{a}+0", rf"1 \cdot {a}", rf"\frac{{{a}}}{{1}}"])
     (a, a2), (b, b2) = expression(rng, depth - 1), expression(rng, depth - 1)
-    return rng.choice(
-        [
-            (f"({a})+({b})", f"({b2})+({a2})"),
-            (f"({a})-({b})", f"-({b2})+({a2})"),
-            (f"({a})({b})", rf"({b2}) \cdot ({a2})"),
-            (f"({a})^2", f"({a2})({a2})"),
-            (rf"\frac{{{a}}}{{({b})^2+1}}", rf"({a2})/(1+({b2})({b2}))"),
-            (rf"\sin({a})", rf"-\sin(-({a2}))"),
-            (rf"\sqrt{{({a})^2}}", rf"\left|{a2}\right|" if "|" not in a2 else a2),
-        ]
-        if "|" not in a2
-        else [(a, a2)]
-    )
+    if "|" in a2:
+        return a, a2
+    return rng.choice([
+        (f"({a})+({b})", f"({b2})+({a2})"), (f"({a})-({b})", f"-({b2})+({a2})"),
+        (f"({a})({b})", rf"({b2}) \cdot ({a2})"), (f"({a})^2", f"({a2})({a2})"),
+        (rf"\frac{{{a}}}{{({b})^2+1}}", rf"({a2})/(1+({b2})({b2}))"),
+        (rf"\sin({a})", rf"-\sin(-({a2}))"), (rf"\sqrt{{({a})^2}}", rf"\left|{a2}\right|")])
 
 
 def test_random_rewritings():
@@ -1502,18 +1239,10 @@ def test_random_sets_of_reals():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data and models. Every layout that the README names, what is left out (and said so), and no dropout.
+# Data and models. Every layout that the README names, what is left out (and said so), no dropout, own rewards.
 # ------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def chat():
-    """A template that marks roles by their first letter: (uab)(sab), then g where the model is to go on."""
-    tokenizer = letter_tokenizer(LETTERS + "()")
-    tokenizer.chat_template = (
-        "{% for m in messages %}({{ m.role[0] }}{{ m.content }}){% endfor %}"
-        "{% if add_generation_prompt %}g{% endif %}"
-    )
-    return tokenizer
+USER = [{"role": "user", "content": "q"}]
 
 
 def read(rows, tokenizer, name="rows", own_reward=False, trained_on=None, **settings):
@@ -1523,403 +1252,18 @@ def read(rows, tokenizer, name="rows", own_reward=False, trained_on=None, **sett
     return pipo.read_problems(rows, tokenizer, cfg, name, own_reward=own_reward, trained_on=trained_on)
 
 
-def sentence_of(call):
+def sentence_of(call, *args, **options):
     """The one sentence with which a call is refused."""
     with pytest.raises(UserError) as error:
-        call()
+        call(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-USER = [{"role": "user", "content": "q"}]
-LAYOUTS = [
-    ({"prompt": USER, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),
-    ({"prompt": USER, "reward_model": {"ground_truth": ["so \\boxed{5}"]}, "problem": "x", "answer": 6}, "5"),
-    ({"problem": "q", "answer": "5", "solution": "\\boxed{6}"}, "5"),
-    ({"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"}, "5"),
-    ({"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}, "5"),
-    ({"prompt": "q", "answer": 5}, "5"),
-    ({"prompt": "q", "solution": "\\boxed{5}"}, "5"),
-    ({"prompt": "q", "ground_truth": "5"}, "5"),
-    ({"prompt": USER, "solution": "5"}, "5"),  # trl-lib/DeepMath-103K
-    ({"question": "q", "final_answer": ["5"], "solution": ["so it is 6."]}, "5"),  # OlympiadBench
-    ({"question": "q", "final_answer": "5", "r1_solution_1": "\\boxed{6}"}, "5"),  # zwhe99/DeepMath-103K
-    ({"problem": "q", "expected_answer": "5", "generated_solution": "\\boxed{6}"}, "5"),  # OpenMathReasoning
-    ({"question": "q", "solution": "so \\boxed{5}"}, "5"),
-    ({"messages": USER, "answer": "5"}, "5"),
-    ({"ID": "x", "Problem": "q", "Solution": "so \\boxed{6}", "Answer": 5}, "5"),  # Maxwell-Jia/AIME_2024
-    ({"prompt": USER, "reward_model": '{"ground_truth": "[\\"5\\"]"}'}, "5"),  # Skywork-OR1
-    ({"problem": "q", "PROBLEM": "x", "answer": "5"}, "5"),
-]
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "tsv", "folder", "disk", "disks"])
-def test_dataset_layouts_and_file_types(tmp_path, tokenizer, ending):
-    """A column that is not recognised; the gold of another column; a file type read as something else."""
-    for i, (row, gold) in enumerate(LAYOUTS):
-        if ending in ("csv", "tsv") and not all(isinstance(value, (str, int)) for value in row.values()):
-            continue
-        name = tmp_path / f"{i}.{ending}"
-        rows = Dataset.from_list([row, row])
-        if ending == "folder":
-            name.mkdir()
-            rows.to_parquet(name / "train.parquet")
-        elif ending == "json":
-            name.write_text(json.dumps([row, row]))
-        elif ending == "tsv":
-            rows.to_csv(name, sep="\t")
-        elif ending == "disk":
-            rows.save_to_disk(name)
-        elif ending == "disks":
-            DatasetDict(test=rows.select([0]), train=rows).save_to_disk(name)
-        else:
-            {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[ending](name)
-        problems = read(pipo.load_rows(str(name), "train"), tokenizer, instruction=" box")
-        assert [(p.answer, p.golds) for p in problems] == [(gold, (gold,))] * 2, row
-        asked = "q" if USER in row.values() else "q box"  # the instruction is not put behind messages
-        assert problems[0].text == "q" and problems[0].prompt == tokenizer(asked).input_ids
-
-
-GOLDS = [
-    ('["\\\\frac{1}{2}"]', ["\\frac{1}{2}"]),  # Skywork-OR1
-    ('["1","2"]', ["1", "2"]),
-    ("[1, 2]", ["[1, 2]"]),  # an interval
-    ("[1, 2)", ["[1, 2)"]),
-    ('{"a", "b"}', ['{"a", "b"}']),  # a set: no JSON
-    ("{1, 2}", ["{1, 2}"]),
-    ("1, 2", ["1, 2"]),  # one answer of two parts
-    ("[" * 100_000 + '"', ["[" * 100_000 + '"']),
-    ('["a",' * 100_000, ['["a",' * 100_000]),
-    ('{"ground_truth": "5", "style": "rule"}', ["5"]),
-    ({"ground_truth": ["5", "\\boxed{6}"]}, ["5", "6"]),
-    ({"ground_truth": {"target": 24, "numbers": [1, 2]}}, []),  # Countdown
-    ({"target": 24, "numbers": [1, 2]}, []),
-    ('{"target": 24, "numbers": [1, 2]}', []),
-    (["1", None, ["2", 3.0]], ["1", "2", "3"]),
-    ([], []),
-    ("[]", []),
-    (None, []),
-    (float("nan"), []),
-    ("NaN", []),
-    (27.0, ["27"]),
-    (0, ["0"]),
-    (2.5, ["2.5"]),
-    (float("inf"), ["inf"]),
-    ("proof", []),
-    ("notfound", []),
-    ("  ", []),
-    ("\\boxed{}", []),
-    ("None of these", ["None of these"]),
-    ("so\n#### 1,234", ["1,234"]),
-    (" 5 ", ["5"]),
-]
-
-
-@pytest.mark.parametrize("cell, golds", GOLDS, ids=range(len(GOLDS)))
-def test_golds(cell, golds):
-    """A gold that no completion can equal: "27.0", "None", the JSON of a list, a dictionary as text."""
-    assert pipo.read_golds(cell) == golds
-
-
-def test_a_worked_solution_is_its_last_box_or_nothing():
-    """A page of prose as the gold of a row, which silently is 0 for ever."""
-    assert pipo.read_golds("first \\boxed{4}, then \\boxed{5}", worked=True) == ["5"]
-    assert pipo.read_golds(["so \\boxed{5}"], worked=True) == ["5"]
-    assert pipo.read_golds("we are done", worked=True) == []
-
-
-def test_a_solution_column_is_worked_out_or_bare_as_a_whole(tokenizer, capsys):
-    """Rows of a worked-out column whose box is missing were compared with their prose."""
-    rows = [{"problem": "ab", "solution": text} for text in ("5", "x + 1", "\\frac12")]
-    assert [p.answer for p in read(rows, tokenizer)] == ["5", "x + 1", "\\frac12"]
-    rows.append({"problem": "ab", "solution": "so \\boxed{7}"})
-    assert [p.answer for p in read(rows, tokenizer)] == ["7"]
-    assert "left out of rows: 3 without an answer" in capsys.readouterr().out
-    proofs = [{"question": "ab", "final_answer": ["3"], "solution": ["we count"]}]
-    proofs.append({"question": "ab", "final_answer": None, "solution": ["we prove it"]})
-    assert [p.answer for p in read(proofs, tokenizer)] == ["3"]
-
-
-def test_the_columns_that_answer_are_tried_in_order_in_each_row(tokenizer):
-    """An empty answer beside a solution with a box was a row less."""
-    answers = ["", None, "proof", "6"]
-    rows = [{"problem": "ab", "answer": answer, "solution": "so \\boxed{5}"} for answer in answers]
-    assert [p.golds for p in read(rows, tokenizer)] == [("5",), ("5",), ("5",), ("6",)]
-
-
-def test_columns_can_be_named(tokenizer, capsys):
-    """Columns with names of their own could not be used; a name that is not there was passed over."""
-    rows = [{"query": "ab", "response": "so \\boxed{5}", "problem": "x", "answer": "6"}]
-    assert [(p.text, p.golds) for p in read(rows, tokenizer, columns="query, response")] == [("ab", ("5",))]
-    assert [p.golds for p in read(rows, tokenizer, columns="query,response,answer")] == [("5",)]
-    said = sentence_of(lambda: read(rows, tokenizer, columns="query,label"))
-    assert "--columns is 'query,label', but rows has the columns query, response, problem, answer;" in said
-    assert "'query'" in sentence_of(lambda: read(rows, tokenizer, columns="query"))
-    assert "'query,'" in sentence_of(lambda: read(rows, tokenizer, columns="query,"))
-    # held-out problems of the usual layout go with training problems of another
-    usual = [{"problem": "ab", "answer": "7"}]
-    assert [p.answer for p in read(usual, tokenizer, columns="query,response", trained_on=[])] == ["7"]
-    unusual = [{"text": "ab", "label": "5"}]
-    said = sentence_of(lambda: read(unusual, tokenizer, columns="query,response", trained_on=[]))
-    assert said.startswith("--columns is 'query,response', but rows has the columns text, label; understood")
-    said = sentence_of(lambda: read(unusual, tokenizer))
-    assert said.startswith("rows has the columns text, label; understood are prompt, problem, question")
-    assert said.endswith("or as --columns question,answer says")
-    assert "rows has the columns (none)" in sentence_of(lambda: read([], tokenizer))
-    empty = Dataset.from_dict({"problem": [], "answer": []})
-    assert sentence_of(lambda: read(empty, tokenizer)) == "no usable problem in rows: it has no rows"
-
-
-def test_large_columns_are_not_read_and_rows_only_kept_for_ones_own_reward(tokenizer):
-    """A column of images needs Pillow; 100,000 rows of long solutions fill the host's memory."""
-    image = datasets.Features({"problem": datasets.Value("string"), "answer": datasets.Value("string"),
-                               "image": datasets.Image()})
-    broken = {"bytes": b"no picture", "path": None}
-    rows = Dataset.from_list([{"problem": "ab", "answer": "5", "image": broken}], features=image)
-    assert [p.row for p in read(rows, tokenizer)] == [{}]
-    rows = [{"problem": "ab", "target": 24, "nums": [1, 2]}, {"problem": "cd", "target": 25, "nums": [3]}]
-    problems = read(rows, tokenizer, own_reward=True)
-    assert [(p.answer, p.golds, p.row) for p in problems] == [("", (), row) for row in rows]
-    with_gold = read([{"problem": "ab", "answer": "5", "id": 1}], tokenizer, own_reward=True)
-    assert with_gold[0].golds == ("5",) and with_gold[0].row == {"problem": "ab", "answer": "5", "id": 1}
-    assert "no usable problem in rows: 1 without an answer" == sentence_of(
-        lambda: read([{"problem": "ab", "answer": None}], tokenizer))
-
-
-def test_rows_that_cannot_be_used_are_left_out_and_counted(tokenizer, capsys):
-    """A crash in the middle of a dataset, or rows that vanish unsaid."""
-    good = {"problem": "ab", "answer": "1"}
-    rows = [good, good | {"answer": ""}, good | {"answer": None}, good | {"problem": "abcdefgh"}]
-    rows += [good | {"problem": None}, good | {"problem": " "}, good | {"problem": "123"}]
-    problems = read(rows, tokenizer, max_prompt_tokens=5)
-    assert [p.text for p in problems] == ["ab"]
-    said = capsys.readouterr().out
-    assert (
-        "left out of rows: 2 without an answer; 1 with a prompt over 5 tokens; 2 without a question in text; "
-        "1 with no token to ask" in said
-    )
-    broken = [good, good | {"problem": "a\ud800"}, good | {"answer": '["\\ud800"]'}]  # not for Arrow
-    cfg = Config(instruction="")
-    assert len(pipo.read_problems(broken, tokenizer, cfg, "rows")) == 1
-    assert "left out of rows: 2 with broken UTF-8" in capsys.readouterr().out
-
-
-ASKED_SO = [
-    (USER, "(uq)g"),
-    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "(uab)g"),
-    ([{"role": "system", "content": "z"}, *USER], "(sz)(uq)g"),
-    ([*USER, {"role": "assistant", "content": "so"}], "(uq)(aso"),  # gone on with
-    ([{"from": "system", "value": "z"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "so"},
-      {"from": "user", "value": "r"}], "(sz)(uq)(aso)(ur)g"),
-    ([{"from": "user", "value": "q"}, {"from": "assistant", "value": "so"}], "(uq)(aso"),
-]
-
-
-@pytest.mark.parametrize("cell, asked", ASKED_SO, ids=range(len(ASKED_SO)))
-def test_prompts_through_the_chat_template(chat, cell, asked):
-    """An answer that was begun got a turn of its own; parts of a content were written as a list."""
-    problem, = read([{"prompt": cell, "answer": "5"}], chat)
-    assert chat.decode(problem.prompt) == asked
-    assert problem.text == ("r" if "ur" in asked else "ab" if "ab" in asked else "q")
-
-
-def test_prompts_without_text(chat, capsys):
-    """A message without content was a KeyError, or the word None; a picture was left out of its question."""
-    cells = [
-        [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "q"}], ["q"], [], {"a": 1}, 5,
-        [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "q"}]}],
-        [{"role": "system", "content": "q"}],
-    ]
-    rows = [{"prompt": cell, "answer": "5"} for cell in [*cells, USER]]
-    assert len(pipo.read_problems(rows, chat, Config(), "rows")) == 1
-    assert f"left out of rows: {len(cells)} without a question in text" in capsys.readouterr().out
-
-
-def test_a_system_message_stands_in_front_where_there_is_none(chat, tokenizer):
-    """--system must not displace the data's own, and must not end up behind the question."""
-    own = [{"role": "system", "content": "z"}, *USER]
-    asked = ["q", USER, own]
-    rows, cfg = [{"prompt": cell, "answer": "5"} for cell in asked], Config(system="be", instruction="box")
-    problems = pipo.read_problems(rows, chat, cfg, "rows")
-    assert [chat.decode(p.prompt) for p in problems] == ["(sbe)(uqbox)g", "(sbe)(uq)g", "(sz)(uq)g"]
-    problem, = read([{"prompt": "q", "answer": "5"}], tokenizer, system="be")
-    assert tokenizer.decode(problem.prompt) == "beq"
-
-
-def test_the_chat_template_is_used_where_there_is_one(tokenizer):
-    """Without its template a chat model never emits EOS and every reward is 0."""
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = (
-        "{% for m in messages %}u{{ m.content }}{% endfor %}{% if add_generation_prompt %}g{% endif %}"
-        "{% if not enable_thinking %}n{% endif %}"
-    )
-    messages = [{"role": "user", "content": "abc"}]
-    assert chat.decode(pipo.encode(chat, messages)) == "uabcgn"
-    assert chat.decode(pipo.encode(chat, messages, thinking=True)) == "uabcg"
-    assert tokenizer.decode(pipo.encode(tokenizer, messages)) == "abc"
-
-
-@pytest.mark.parametrize("template, says", [
-    ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}a",
-     "row 2 of rows cannot be made a prompt: TemplateError: System role not supported"),
-    ("{% for %}", "row 1 of rows cannot be made a prompt: TemplateSyntaxError: Expected an expression"),
-    ("{{ tools | length }}", "row 1 of rows cannot be made a prompt: TypeError: object of type 'NoneType'"),
-    ("{{ messages[7].content.x }}", "row 1 of rows cannot be made a prompt: UndefinedError: list object"),
-    ("{{ 1 / 0 }}", "row 1 of rows cannot be made a prompt: ZeroDivisionError: division by zero"),
-])
-def test_a_template_that_raises_is_one_sentence(tokenizer, template, says):
-    """A traceback through jinja."""
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = template
-    rows = [{"prompt": USER, "answer": "5"}]
-    rows.append({"prompt": [{"role": "system", "content": "z"}, *USER], "answer": "5"})
-    assert says in sentence_of(lambda: read(rows, chat))
-
-
-def test_a_tokenizer_that_raises_is_one_sentence():
-    """The exceptions of tokenizers are of no kind but Exception."""
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")))
-    said = sentence_of(lambda: read([{"prompt": "b", "answer": "5"}], words))
-    assert "row 1 of rows cannot be made a prompt: Exception: WordLevel error: Missing [UNK]" in said
-
-
-def test_golds_that_are_compared_as_text_only_are_said_once(tokenizer, capsys, monkeypatch):
-    """A dataset of proofs trains on nothing, unsaid. One gold that can be read is enough."""
-    monkeypatch.setattr(pipo, "readable", lambda answer: answer.isdigit())
-    rows = [{"problem": "ab", "answer": answer} for answer in (["5"], ["??"], ["!!"], ["??", "5"])]
-    read(rows, tokenizer)
-    assert capsys.readouterr().out.count("2 golds of rows are compared as text only, such as '??'") == 1
-    read(rows, tokenizer, own_reward=True)
-    assert "as text only" not in capsys.readouterr().out
-
-
-def test_problems_that_are_trained_on_too_are_warned_of(tmp_path, tokenizer, capsys):
-    """An evaluation on the training split, the same file or a copy of it scores what was learned by heart."""
-    rows = [{"problem": letter, "answer": "5"} for letter in "abcd"]
-    problems = read(rows, tokenizer)
-    new = {"problem": "z", "answer": "5"}
-    assert len(read([*rows[:2], new], tokenizer, "exam", trained_on=problems)) == 3
-    said = capsys.readouterr().out.splitlines()
-    assert "warning: 2 of the 3 held-out problems in exam are trained on too" in said
-    read([new], tokenizer, trained_on=problems)
-    assert "warning" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("splits, split, found", [
-    (["test", "train"], "train", "train"),
-    (["train", "test", "validation"], "test", "test"),
-    (["train", "dev"], "test", "dev"),
-    (["train", "val"], "test", "val"),
-    (["train", "validation"], "test", "validation"),
-    (["train"], "test", "train"),
-    (["test"], "train", "test"),
-    (["odd", "even"], "test", "odd"),
-])
-def test_splits(tmp_path, capsys, splits, split, found):
-    """Evaluating on "train" because the first split is that, with a "validation" beside it; unsaid."""
-    rows = {name: Dataset.from_list([{"problem": name}]) for name in splits}
-    DatasetDict(rows).save_to_disk(tmp_path / "all")
-    name = str(tmp_path / "all")
-    assert pipo.load_rows(name, split)[0] == {"problem": found}
-    said = f"the dataset {name} is read from its split {found!r}"
-    assert (said in capsys.readouterr().out) == (found != split)
-
-
-def test_a_path_is_a_path(tmp_path, monkeypatch):
-    """datasets takes br[1].jsonl for a pattern, and reads br1.jsonl; ~ is no folder of that name."""
-    (tmp_path / "a[1]").mkdir()
-    (tmp_path / "a1").mkdir()
-    rows = {"br[1]": "right", "br1": "wrong", "a*": "star", "ab": "wrong", "a[1]/br": "inside", "a1/br": "no"}
-    for name, problem in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": problem}))
-    for name, problem in rows.items():
-        assert pipo.load_rows(str(tmp_path / f"{name}.jsonl"), "train")[0]["problem"] == problem
-    assert "rename it" in sentence_of(lambda: pipo.load_rows(str(tmp_path / "a[1]"), "train"))
-    Dataset.from_list([{"problem": "disk"}]).save_to_disk(tmp_path / "d[1]")
-    assert pipo.load_rows(str(tmp_path / "d[1]"), "train")[0]["problem"] == "disk"
-    monkeypatch.chdir(tmp_path / "a[1]")
-    assert pipo.load_rows("br.jsonl", "train")[0]["problem"] == "inside"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert pipo.load_rows("~/br1.jsonl", "train")[0]["problem"] == "wrong"
-    (tmp_path / "UPPER.JSONL").write_text('{"problem": "upper"}')
-    assert pipo.load_rows("~/UPPER.JSONL", "train")[0]["problem"] == "upper"
-
-
-def test_files_that_cannot_be_read_are_one_sentence_with_the_cause(tmp_path, monkeypatch):
-    """"An error occurred while generating the dataset" says nothing of what is wrong with the file."""
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    (tmp_path / "mixed").mkdir()
-    texts = {
-        "broken.jsonl": b'{"problem": "a", "answer": "1"}\n{"problem":',
-        "latin.csv": b"problem,answer\na\xe9,1\n",
-        "torn.parquet": b"PAR1",
-        "notes.txt": b"x",
-        "empty.jsonl": b"",
-        "mixed/a.jsonl": b'{"problem": "a", "answer": "1"}\n',
-        "mixed/b.jsonl": b'{"problem": "a", "x": "1"}\n',
-    }
-    for name, text in texts.items():
-        (tmp_path / name).write_bytes(text)
-    for name, says in {
-        "broken.jsonl": "JSON parse error: Invalid value. in row 1",
-        "latin.csv": "codec can't decode byte 0xe9",
-        "torn.parquet": "Parquet file size is 4 bytes",
-        "mixed": "because column names don't match",
-        "notes.txt": "notes.txt is empty or not a .parquet, .jsonl, .json, .csv, .tsv file",
-        "empty.jsonl": "empty.jsonl is empty or not a",
-        "no such": "no such does not exist",
-    }.items():
-        assert says in sentence_of(lambda: pipo.load_rows(str(tmp_path / name), "train")), name
-    for name in ("nobody/nothing", "x" * 300 + "/y"):
-        assert f"{name} can be read neither" in sentence_of(lambda: pipo.load_rows(name, "train"))
-
-
-@pytest.mark.parametrize("error", [
-    ImportError("needs tiktoken"), RuntimeError("scripts are no longer supported"), KeyError("qwen9"),
-    TypeError("unexpected keyword argument"), Exception("tokenizers says this"), AttributeError("no such"),
-], ids=lambda error: type(error).__name__)
-def test_whatever_a_library_raises_is_one_sentence(error):
-    """Only three kinds of exceptions were told from a bug of pipo's."""
-    def load():
-        raise error
-    said = sentence_of(lambda: pipo.load_or_explain("org/name", "model", load))
-    assert said.startswith("the model org/name can be read neither here nor from the hub: ")
-    assert said.endswith(f"{type(error).__name__}: {error}")
-
-
-def test_what_is_said_already_is_not_said_again():
-    """A UserError from inside (layers of an unknown kind) was wrapped in "can be read neither here nor"."""
-    def load():
-        raise UserError("has layers of a kind")
-    assert sentence_of(lambda: pipo.load_or_explain("org/name", "model", load)) == "has layers of a kind"
-
-
-def test_dropout_is_off(tokenizer, tmp_path):
-    """With dropout the ratio is not 1 before any update, and gspo's narrow clip eats the signal."""
-    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    model = pipo.load_model(str(tmp_path), CPU)
-    batch = batch_of(model, tokenizer)
-    metrics = pipo.update(model, Recorder(model), batch, batch.advantages, BASES["gspo"], 0.0)
-    assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
-
-
-def test_weights_are_float32(folder):
-    """bf16 weights swallow updates at a rate of 1e-6: where nothing else is asked for, weights are fp32."""
-    half = AutoModelForCausalLM.from_pretrained(folder / "model").to(torch.bfloat16)
-    half.save_pretrained(folder / "half")
-    model = pipo.load_model(str(folder / "half"), CPU)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.config._attn_implementation == "shared_heads"
-
-
-def chat_tokenizer(tail="<eos>"):
-    """The letter tokenizer with a chat template that ends every turn with `tail`."""
-    tokenizer = letter_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}" + tail + "{% endfor %}{% if add_generation_prompt %}a{% endif %}")
-    return tokenizer
+def refused(folder, out, sentence, **changes):
+    """train raises UserError, and this is in its one sentence."""
+    said = sentence_of(pipo.train, settings(folder, out, **changes))
+    assert sentence in said, said
 
 
 def in_folder(model, folder, tokenizer=None):
@@ -1929,254 +1273,265 @@ def in_folder(model, folder, tokenizer=None):
     return folder
 
 
-def refused(folder, out, sentence, **changes):
-    """train raises UserError with this sentence."""
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        pipo.train(settings(folder, out, **changes))
+LAYOUTS = [
+    {"prompt": USER, "reward_model": {"ground_truth": "5", "style": "rule"}},  # verl
+    {"prompt": USER, "reward_model": '{"ground_truth": "[\\"5\\"]"}'},  # Skywork-OR1
+    {"messages": USER, "answer": "5"},
+    {"prompt": "q", "ground_truth": 5},
+    {"problem": "q", "answer": "5", "solution": "\\boxed{6}"},
+    {"problem": "q", "solution": "first \\boxed{4}, then \\boxed{5}"},  # MATH
+    {"question": "q", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},  # GSM8K
+    {"question": "q", "final_answer": ["5"], "solution": ["so it is 6."]},  # OlympiadBench
+    {"ID": "x", "Problem": "q", "Solution": "so \\boxed{6}", "Answer": 5},  # Maxwell-Jia/AIME_2024
+]
 
 
-@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_positions_that_turn_otherwise_later_are_refused(folder, tmp_path, rope_type):
-    """Past that length the cache holds keys turned the old way: the gap was 2.2, and nobody was told."""
-    sizes = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
-    rope = {"rope_type": rope_type, "rope_theta": 1e4}
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 24}
-        config = Phi3Config(**sizes, max_position_embeddings=128, rope_parameters=rope,
-                            original_max_position_embeddings=24)
-    else:
-        config = LlamaConfig(**sizes, max_position_embeddings=24, rope_parameters=rope | {"factor": 4.0})
-    model = in_folder(AutoModelForCausalLM.from_config(config), tmp_path / "model")
-    changes = dict(model=str(model), instruction="", steps=1)
-    refused(folder, tmp_path / "run", "turns positions otherwise beyond 24 tokens", max_new_tokens=20, **changes)
-    assert len(pipo.train(settings(folder, tmp_path / "run", **changes))) == 1
+def test_layouts(tokenizer):
+    """A column that is not recognised; the gold of another column; an instruction behind messages."""
+    for row in LAYOUTS:
+        problem, = read([row], tokenizer, instruction=" box")
+        asked = "q box" if "q" in row.values() else "q"
+        assert (problem.text, problem.golds, problem.prompt) == ("q", ("5",), tokenizer(asked).input_ids), row
 
 
-def test_learned_positions_end_and_rotary_ones_are_warned_about(folder, tmp_path, capsys):
-    """Learned positions ended in an IndexError; rotary ones go on, on garbage, without a word."""
-    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=1)
-    gpt2 = in_folder(GPT2LMHeadModel(config), tmp_path / "gpt2")
-    sentence = "has 64 positions, but a prompt and its completion can take 105"
-    refused(folder, tmp_path / "run", sentence, model=str(gpt2), instruction="", max_new_tokens=100)
-    pipo.train(settings(folder, tmp_path / "rotary", steps=1, instruction="", max_new_tokens=200))
-    assert "was made for 128 tokens; a completion can end at 205" in capsys.readouterr().out
+def test_file_types(tmp_path, monkeypatch):
+    """A file type read as something else; br[1].jsonl read as br1.jsonl; ~ is no folder of that name."""
+    rows = Dataset.from_list([{"problem": "q", "answer": "5"}] * 2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, write in {
+            "br1.jsonl": lambda path: path.write_text("other"), "br[1].jsonl": rows.to_json,
+            "rows.json": lambda path: path.write_text(json.dumps(rows.to_list())), "rows.csv": rows.to_csv,
+            "rows.TSV": functools.partial(rows.to_csv, sep="\t"), "rows.parquet": rows.to_parquet,
+            "folder": lambda path: (path.mkdir(), rows.to_parquet(path / "train.parquet")),
+            "disk[1]": rows.save_to_disk, "disks": DatasetDict(test=rows, train=rows).save_to_disk}.items():
+        write(tmp_path / name)
+        if name != "br1.jsonl":
+            found = pipo.load_rows(f"~/{name}", "train")
+            assert [(row["problem"], str(row["answer"])) for row in found] == [("q", "5")] * 2, name
 
 
-def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(folder, tmp_path, monkeypatch):
-    """A general guard: whatever a new architecture does to cache or positions, no run starts on a wrong ratio."""
+GOLDS = [
+    ('["\\\\frac{1}{2}"]', ["\\frac{1}{2}"]), ('["1","2"]', ["1", "2"]),  # JSON
+    ("[1, 2]", ["[1, 2]"]), ("[1, 2)", ["[1, 2)"]), ('{"a", "b"}', ['{"a", "b"}']), ("{1, 2}", ["{1, 2}"]),  # not
+    ("1, 2", ["1, 2"]),  # one answer of two parts
+    ("[" * 100_000 + '"', ["[" * 100_000 + '"']), ('["a",' * 100_000, ['["a",' * 100_000]),
+    ('{"ground_truth": "5", "style": "rule"}', ["5"]), ({"ground_truth": ["5", "\\boxed{6}"]}, ["5", "6"]),
+    ({"ground_truth": {"target": 24, "numbers": [1, 2]}}, []), ('{"target": 24}', []),  # Countdown
+    (["1", None, ["2", 3.0]], ["1", "2", "3"]), ([], []), ("[]", []), (None, []), (float("nan"), []), ("NaN", []),
+    (27.0, ["27"]), (0, ["0"]), (2.5, ["2.5"]), (float("inf"), ["inf"]), ("proof", []), ("notfound", []),
+    ("  ", []), ("\\boxed{}", []), ("None of these", ["None of these"]), ("so\n#### 1,234", ["1,234"]),
+    (" 5 ", ["5"]),
+]
+
+
+def test_golds(tokenizer, capsys):
+    """A gold that no completion can equal: "27.0", "None", the JSON of a list, a dictionary, a page of prose."""
+    for cell, golds in GOLDS:
+        assert pipo.read_golds(cell) == golds, str(cell)[:99]
+    # a solution column is worked out, or bare, as a whole
+    rows = [{"problem": letter, "solution": text} for letter, text in zip("abc", ("5", "x + 1", "\\frac12"))]
+    assert [p.answer for p in read(rows, tokenizer)] == ["5", "x + 1", "\\frac12"]
+    rows.append({"problem": "ab", "solution": "so \\boxed{7}"})
+    assert [p.answer for p in read(rows, tokenizer)] == ["7"]
+    assert "3 without an answer" in capsys.readouterr().out
+    rows = [{"problem": "ab", "answer": answer, "solution": "so \\boxed{5}"} for answer in ("", None, "proof", "6")]
+    assert [p.golds for p in read(rows, tokenizer)] == [("5",), ("5",), ("5",), ("6",)]
+    batch = SimpleNamespace(texts=[r"\boxed{0.5}", r"\boxed{3}", "none"], tokens=torch.zeros(1))  # any gold counts
+    assert pipo.grade_all(batch, [pipo.Problem("", [3], "1/2", ("1/2", "x=3"), {})])[0].tolist() == [[1, 1, 0]]
+
+
+def test_columns(tokenizer, capsys):
+    """A name that is not there was passed over; choices and passages were left out of the question, unsaid."""
+    rows = [{"query": "ab", "response": "so \\boxed{5}", "problem": "x", "answer": "6"}]
+    assert [(p.text, p.golds) for p in read(rows, tokenizer, columns="query, response")] == [("ab", ("5",))]
+    for columns in ("query,label", "query", "query,"):
+        assert "rows has the columns query, response, pro" in sentence_of(read, rows, tokenizer, columns=columns)
+    usual, = read([{"problem": "ab", "answer": "7"}], tokenizer, columns="query,response", trained_on=[])
+    assert usual.answer == "7"  # held-out problems of the usual layout go with training problems of another
+    assert "rows has the columns (none)" in sentence_of(read, [], tokenizer)
+    rows = [{"question": "ab", "choices": ["1", "2"], "passage": "cd", "answer": "5"}]
+    for columns, unread in [("", {"choices", "passage"}), ("passage,answer", {"choices"})]:
+        read(rows, tokenizer, columns=columns)
+        said = capsys.readouterr().out.partition(" is asked, not ")[2]
+        assert set(said.strip().split(", ")) == unread
+
+
+def test_large_columns_are_not_read_and_rows_only_kept_for_ones_own_reward(tokenizer):
+    """A column of images needs Pillow; 100,000 rows of long solutions fill the host's memory."""
+    kinds = {"problem": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    row = {"problem": "ab", "answer": "5", "image": {"bytes": b"no picture", "path": None}}
+    assert [p.row for p in read(Dataset.from_list([row], features=datasets.Features(kinds)), tokenizer)] == [{}]
+    problem, = read([{"problem": "ab", "nums": [1, 2]}], tokenizer, own_reward=True)
+    assert (problem.answer, problem.golds, problem.row) == ("", (), {"problem": "ab", "nums": [1, 2]})
+
+
+def test_what_is_left_out_or_odd_in_the_data_is_said(tokenizer, capsys, monkeypatch):
+    """Rows that vanish; proofs, which train on nothing; held-out problems that were learned by heart."""
+    good = {"problem": "ab", "answer": "1"}
+    rows = [good | change for change in (dict(answer=""), dict(answer=None), dict(problem="abcdefgh"), {}, dict(
+        problem=None), dict(problem=" "), dict(problem="123"))]
+    assert [p.text for p in read(rows, tokenizer, max_prompt_tokens=5)] == ["ab"]
+    assert ("2 without an answer; 1 with a prompt over 5 tokens; 2 without a question in text; 1 with no token "
+            "to ask") in capsys.readouterr().out
+    assert "no usable problem in rows: 1 without" in sentence_of(read, [good | {"answer": None}], tokenizer)
+    rows = [{"problem": letter, "answer": answer} for letter, answer in zip("abca", ("5", "??", "!!", "5"))]
+    monkeypatch.setattr(pipo, "readable", str.isdigit)
+    plain, asked = pipo.encode, []
+    monkeypatch.setattr(pipo, "encode", lambda *args: (asked.append(1), plain(*args))[1])
+    problems = read(rows, tokenizer)
+    assert len(problems) == 4 and len(asked) == 3  # all are kept, but tokenised once
+    said = capsys.readouterr().out
+    assert "2 rows of rows have an answer that is compared as text only, such as ['??']" in said
+    assert "1 rows of rows ask what a row before them asks" in said and said.count("\n") == 2
+    read(rows[:3], tokenizer, own_reward=True)
+    assert capsys.readouterr().out == ""
+    read([rows[0], {"problem": "z", "answer": "5"}], tokenizer, "exam", trained_on=problems)
+    assert "1 rows of exam are trained on, too" in capsys.readouterr().out
+    marked = letter_tokenizer()
+    marked.chat_template = "{{ messages[0].content }}<eos>"
+    read([{"problem": "ab<eos>", "answer": "5"}, {"problem": "cd", "answer": "5"}], marked)
+    assert "1 rows of rows hold tokens of the chat template" in capsys.readouterr().out
+
+
+SO = {"role": "assistant", "content": "so"}
+ASKED_SO = [
+    ("prompt", USER, "(uq)g"),
+    ("prompt", [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}], "(uab)g"),
+    ("prompt", [*USER, SO], "(uq)(aso"),  # an answer that was begun is gone on with
+    ("messages", [*USER, SO], "(uq)g"),  # an answer to learn from is not shown
+    ("prompt", [{"from": "system", "value": "z"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "so"},
+                {"from": "user", "value": "r"}], "(sz)(uq)(aso)(ur)g"),
+]
+
+
+def test_prompts_through_the_chat_template(model, tokenizer, capsys):
+    """A chat model without its template never emits EOS; a message without content was the word None."""
+    chat, thinker = letter_tokenizer(LETTERS + "()"), letter_tokenizer()
+    chat.chat_template = ("{% for m in messages %}({{ m.role[0] }}{{ m.content }}){% endfor %}"
+                          "{% if add_generation_prompt %}g{% endif %}")
+    for column, cell, asked in ASKED_SO:
+        problem, = read([{column: cell, "answer": "5"}], chat)
+        assert chat.decode(problem.prompt) == asked
+        assert problem.text == ("r" if "ur" in asked else "ab" if "ab" in asked else "q")
+    assert capsys.readouterr().out.count("1 rows of rows end in an assistant's answer") == 1
+    picture = [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "q"}]}]
+    for cell in ([{"role": "user", "content": None}], [{"content": "q"}], [], picture):
+        assert "1 without a question in text" in sentence_of(read, [{"prompt": cell, "answer": "5"}], chat)
+    assert tokenizer.decode(pipo.encode(tokenizer, USER)) == "q"
+    thinker.chat_template = "{% if not enable_thinking %}n{% endif %}{{ messages[-1].content }}<pad>"
+    assert thinker.decode(pipo.encode(thinker, USER)) == "nq<pad>"
+    assert thinker.decode(pipo.encode(thinker, USER, thinking=True)) == "q<pad>"
+    assert pipo.eos_ids(model, thinker) == [0, 1, 5, 9]  # what ends its turns ends a completion
+
+
+def test_dropout_and_noise_are_off(tokenizer, tmp_path):
+    """With dropout the ratio is not 1 before any update, and gspo's narrow clip eats the signal."""
+    Gemma3Config(text_config=dict(attention_dropout=0.5)).save_pretrained(tmp_path / "nested")
+    assert pipo.load_config(str(tmp_path / "nested")).get_text_config().attention_dropout == 0.0
+    MixtralConfig(router_jitter_noise=0.1).save_pretrained(tmp_path / "noise")
+    assert pipo.load_config(str(tmp_path / "noise")).router_jitter_noise == 0.0
+    config = GPT2Config(vocab_size=28, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = pipo.load_model(str(tmp_path), CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # unless asked for, no bf16: it rounds
+    batch, optimizer = batch_of(model, tokenizer), torch.optim.SGD(model.parameters(), lr=0.0)
+    metrics = pipo.update(model, optimizer, batch, batch.advantages, BASES["gspo"], 0.0)
+    assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
+
+
+def test_positions_beyond_those_of_the_model(tmp_path, capsys):
+    """Learned ones ended in an IndexError; turned otherwise later, cached keys were of no use: a gap of 2.2."""
+    ways = dict(factor=4.0, short_factor=[1.0] * 64, long_factor=[2.0] * 64, original_max_position_embeddings=24)
+    for kind, more in (("learned", {}), ("longrope", ways), ("dynamic", ways), ("default", {})):
+        rope = dict(rope_type=kind, rope_theta=1e4, **more)
+        config = GPT2Config(n_positions=24) if kind == "learned" else LlamaConfig(
+            max_position_embeddings=128 if kind == "longrope" else 24, rope_parameters=rope)
+        config.save_pretrained(tmp_path)
+        pipo.check_positions(str(tmp_path), 24)
+        if kind != "default":
+            assert "has 24 positions" in sentence_of(pipo.check_positions, str(tmp_path), 25), kind
+    assert capsys.readouterr().out == ""
+    pipo.check_positions(str(tmp_path), 25)
+    assert "was made for 24 tokens; a completion can end at 25" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_trained_are_refused(folder, tmp_path, monkeypatch):
+    """Weights that a file lacks were random, logits changed behind the head, the ratio wrong: exit code 0."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(folder, tmp_path / "run", "it lacks model.layers.1.mlp.up_proj.weight", model=str(tmp_path / "model"))
+    capped = Gemma2Config(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
+                          num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=0.1)
+    where = in_folder(AutoModelForCausalLM.from_config(capped), tmp_path / "capped")
+    refused(folder, tmp_path / "run", "changes its logits behind the output layer", model=str(where))
+    larger = in_folder(tiny_model(), tmp_path / "larger", letter_tokenizer(LETTERS + "ABCDE"))
+    refused(folder, tmp_path / "run", "has a token 32, but the model no embedding for it", model=str(larger))
     plain = pipo.draw
-
-    def off_by_a_little(*arguments):
-        tokens, logprobs = plain(*arguments)
-        return tokens, logprobs + 0.02
-
-    monkeypatch.setattr(pipo, "draw", off_by_a_little)
+    monkeypatch.setattr(pipo, "draw", lambda *args, **how: tuple(
+        x + 0.02 if x.is_floating_point() else x for x in plain(*args, **how)))
     refused(folder, tmp_path / "run", "sampler and trainer disagree by 0.02")
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def test_dropout_is_off_in_nested_configs(tmp_path):
-    """Gemma 3 keeps its dropout in text_config: the gap was 0.21."""
-    text = dict(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=1, head_dim=16, attention_dropout=0.5, max_position_embeddings=64)
-    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
-    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    assert pipo.load_config(str(tmp_path)).get_text_config().attention_dropout == 0.0
+@pytest.fixture(scope="session")
+def rewards_file(tmp_path_factory):
+    """A file of reward functions; a module is imported once, so it is the same for all tests."""
+    file = tmp_path_factory.mktemp("rewards") / "own_rewards.py"
+    file.write_text("import zlib\ndef coin(completion, *_):\n    return zlib.crc32(completion.encode()) % 3 == 0\n"
+                    "def length(completion, answer, row):\n    assert answer == row['answer'] == '1'\n"
+                    "    return len(completion) / 4\n")
+    return file
 
 
-def test_missing_weights_are_named_not_drawn_at_random(folder, tmp_path):
-    """transformers draws what it does not find, and the run trained it: exit code 0."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    weights_ = load_file(file)
-    del weights_["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights_, file, metadata={"format": "pt"})
-    refused(folder, tmp_path / "run", "lacks 1 weights, such as model.layers.1.mlp.up_proj.weight",
-            model=str(tmp_path / "model"))
+def test_a_reward_of_ones_own(folder, tmp_path, rewards_file):
+    """Any finite number, called with completion, answer and row; as a module, a process pool can be sent it."""
+    rows = pipo.train(settings(folder, tmp_path, reward=f"{rewards_file}:length", steps=2))
+    assert any(row["mu"] > 1 for row in rows) and any(row["grad_norm"] > 0 for row in rows)
+    function = pipo.load_reward(f"{rewards_file}:length")
+    assert pickle.loads(pickle.dumps(function)) is function is sys.modules["own_rewards"].length
+    (tmp_path / "own_broken.py").write_text("import sys\nsys.exit(0)\n")
+    for spec in (f"{rewards_file}:missing", "missing", "no.py:score", f"{tmp_path}/own_broken.py:score"):
+        assert f"{spec!r}: it must be file.py:function" in sentence_of(pipo.load_reward, spec)
 
 
-def test_the_end_of_a_turn_ends_a_completion(model):
-    """A base model's EOS ends a document; without its template's end of turn it would ramble on to the limit."""
-    assert pipo.eos_ids(model, chat_tokenizer("<pad>")) == [0, 1, 5, 9]  # a special token behind each turn
-    assert pipo.eos_ids(model, chat_tokenizer("b")) == [1, 5, 9]  # a letter is part of the text
+def test_a_reward_that_fails_ends_the_run_with_its_last_step_saved(folder, tmp_path):
+    """A judge that is down for a minute cost the run; sys.exit(0) in it gave exit code 0 for half a run."""
+    def judge(completion, _, row):
+        if (tmp_path / "metrics.jsonl").exists() and len(pipo.read_jsonl(tmp_path / "metrics.jsonl")) == 3:
+            sys.exit(0)
+        return np.float32(len(completion))
 
-
-def test_a_generation_config_that_transformers_refuses_to_save(folder, tmp_path, graded_by_coin):
-    """A temperature without do_sample, as in many published models: save_pretrained raised after the last step."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    file = tmp_path / "model" / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
-    pipo.train(settings(folder, tmp_path / "run", model=str(tmp_path / "model"), steps=1))
-    kept = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert kept["temperature"] == 0.6 and kept["do_sample"] and kept["eos_token_id"] == [1, 5, 9]
-
-
-def test_heads_whose_values_have_another_size(tokenizer, tmp_path):
-    """Multi-head latent attention (DeepSeek): the decoding attention reshaped with the query's size."""
-    torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
-        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, max_position_embeddings=64, pad_token_id=0,
-        eos_token_id=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    ours = pipo.load_model(str(tmp_path), torch.device("cpu"))
-    batch = sample(ours, tokenizer, PROMPTS, 2, 12, generator=pipo.rng("cpu", 0))
-    again = token_logprobs(ours, batch.prompts, batch.tokens, batch.mask)
-    assert (again - batch.behavior_logprobs).abs().max() < 1e-4
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(folder, tmp_path):
-    """An index out of range in the middle of a run, or a CUDA assert that names nothing."""
-    larger = in_folder(tiny_model(), tmp_path / "model", letter_tokenizer(LETTERS + "ABCDE"))
-    refused(folder, tmp_path / "run", "has a token 32, but the model no embedding for it", model=str(larger))
-
-
-def test_an_added_token_without_embedding_that_no_prompt_uses(folder, tmp_path):
-    """gemma-3-1b's tokenizer has one for images, and its model, which reads text alone, no embedding for it."""
-    tokenizer = letter_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    assert max(tokenizer.get_vocab().values()) == 28
-    where = in_folder(tiny_model(), tmp_path / "model", tokenizer)
-    assert len(pipo.train(settings(folder, tmp_path / "run", model=str(where), steps=1))) == 1
-    rows = [{"problem": "ab<image>", "answer": "1"}] * 4
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(folder, tmp_path / "other", "has a token 28, but the model no embedding for it", model=str(where),
-            dataset=str(tmp_path / "train.jsonl"))
-
-
-def test_the_head_is_not_copied_for_each_prompt():
-    """On a slice, torch multiplies by a frozen head in batches: with --lora 5 GiB for 100 prompts of SmolLM2."""
-    model, seen = tiny_model().requires_grad_(False), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, given: seen.append(given[0].is_contiguous()))
-    pipo.sample(model, letter_tokenizer(), PROMPTS, 2, 4, generator=pipo.rng("cpu", 0))
-    assert len(seen) > 2 and all(seen)
-
-
-def test_no_end_of_a_completion_is_in_its_text():
-    """Llama 3's tokenizer calls one of its ends special; the other, <|eot_id|>, stood behind every answer."""
-    batch = pipo.sample(tiny_model(), letter_tokenizer(), PROMPTS, 8, 12, generator=pipo.rng("cpu", 0))
-    ended = {LETTERS[token - 2] for token in (5, 9)}
-    assert not batch.truncated.all() and not any(set(text) & ended for text in batch.texts)
-
-
-@pytest.mark.parametrize("name, content", [
-    ("model.safetensors", b""), ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
-    ("model.safetensors", None), ("tokenizer.json", b"{}"), ("config.json", b"{"), ("config.json", b"[1]")])
-def test_broken_model_folders_get_one_sentence(folder, tmp_path, name, content):
-    """Truncated, empty, or a pointer of git-lfs in place of the weights."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    file = tmp_path / "model" / name
-    file.write_bytes(file.read_bytes()[:1000] if content is None else content)
-    refused(folder, tmp_path / "run", str(tmp_path / "model"), model=str(tmp_path / "model"))
-
-
-def test_code_of_a_repository_is_never_run(folder, tmp_path, monkeypatch):
-    """transformers asks on standard input whether to trust it, and a piped `y` executed it."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
-    (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    for kind, own in [("own", "AutoConfig"), ("t5", "AutoModelForCausalLM")]:
-        config = json.loads(file.read_text()) | {"model_type": kind, "auto_map": {own: "own.Own"}}
-        file.write_text(json.dumps(config))
-        refused(folder, tmp_path / "run", "can be read neither", model=str(tmp_path / "model"))
-        assert not (tmp_path / "ran").exists()
-
-
-def test_any_of_several_golds_counts():
-    """Only the first was looked at: a right answer in the form of the second went unpaid."""
-    problem = pipo.Problem("", [3], "1/2", ("1/2", "x=3"), {})
-    batch = SimpleNamespace(texts=[r"\boxed{0.5}", r"\boxed{3}", r"\boxed{4}", "none"], tokens=torch.zeros(1))
-    rewards, failures = pipo.grade_all(batch, [problem])
-    assert rewards.tolist() == [[1, 1, 0, 0]] and failures == {"no_answer": 1}
-
-
-def test_a_reward_of_ones_own(folder, tmp_path):
-    """Any finite number, called with completion, answer and row; an exception in it is the user's to see."""
-    file = tmp_path / "rewards.py"
-    file.write_text("def length(completion, answer, row):\n    assert answer == row['answer'] == '1'\n"
-                    "    return len(completion) / 4\n\ndef broken(completion, answer, row):\n    return 1 / 0\n")
-    rows = pipo.train(settings(folder, tmp_path / "run", reward=f"{file}:length", steps=4))
-    given = pipo.train(settings(folder, tmp_path / "again", steps=4), reward=lambda text, *_: len(text) / 4)
-    assert [row["mu"] for row in rows] == [row["mu"] for row in given] and any(row["mu"] > 1 for row in rows)
-    assert any(row["grad_norm"] > 0 for row in rows)
-    with pytest.raises(ZeroDivisionError):
-        pipo.train(settings(folder, tmp_path / "broken", reward=f"{file}:broken"))
-    refused(folder, tmp_path / "none", "has no function 'missing'", reward=f"{file}:missing")
-    refused(folder, tmp_path / "none", "it must be file.py:function", reward="missing")
-
-
-def test_pass_at_k_is_unbiased(folder, tmp_path, monkeypatch):
-    """By hand: 2 of 4 right gives pass@2 = 1 - C(2,2)/C(4,2) = 5/6; the naive 1 - (1 - 1/2)^2 is 3/4.
-
-    The standard error is over problems: the samples of one problem are no independent problems.
-    """
-    problems = [pipo.Problem("a", [3], "1", ("1",), {}), pipo.Problem("b", [4], "1", ("1",), {})]
-    rewards = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]])
-    monkeypatch.setattr(pipo, "grade_all", lambda *_: (rewards, {}))
-    run = pipo.Run(tiny_model(), letter_tokenizer(), None, None)
-    scores = pipo.evaluate(run, {"set": problems}, Config(eval_samples=4, max_new_tokens=4), pipo.rng("cpu", 0))
-    assert scores["eval/set/pass@1"] == scores["eval_pass@1"] == 0.25
-    assert scores["eval/set/pass@2"] == pytest.approx(5 / 12) and scores["eval/set/pass@4"] == 0.5
-    assert scores["eval/set/stderr"] == pytest.approx(0.25 / math.sqrt(2))
-
-
-def test_several_held_out_sets_and_evaluation_alone(folder, tmp_path, graded_by_coin, capsys):
-    """--steps 0 evaluates a model, or what --lora saved, and stops; each set has its own line and metrics."""
-    sets = []
-    for name in ("one", "two"):
-        sets.append(str(tmp_path / f"{name}.jsonl"))
-        shutil.copy(folder / "train.jsonl", sets[-1])
-    changes = dict(eval_dataset=sets, eval_every=1, eval_samples=2, eval_temperature=0.5, eval_limit=5)
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=0, **changes))
-    assert len(rows) == 1 and not (tmp_path / "run" / "model").exists()
-    assert {"eval/one/pass@1", "eval/two/pass@2", "eval/two/stderr", "eval_pass@1"} <= set(rows[0])
-    said = capsys.readouterr().out
-    assert "step 0: one pass@1" in said and "step 0: two pass@1" in said
-    pytest.importorskip("peft")
-    pipo.train(settings(folder, tmp_path / "adapters", steps=2, lora=4))
-    adapters = pipo.train(settings(folder, tmp_path / "again", model=str(tmp_path / "adapters" / "model"), steps=0, **changes))
-    assert len(adapters) == 1
-    merged = pipo.load_model(str(tmp_path / "adapters" / "model"), torch.device("cpu"))
-    assert not torch.equal(weights(merged), weights(folder / "model"))
-    broken = tmp_path / "adapters" / "model" / "adapter_model.safetensors"
-    broken.write_bytes(b"no tensors")
-    refused(folder, tmp_path / "broken", "the adapters in", model=str(broken.parent), steps=0, **changes)
-    (broken.parent / "adapter_config.json").write_text("{}")
-    refused(folder, tmp_path / "broken", "adapter_config.json cannot be read", model=str(broken.parent))
-
-
-def test_truncated_completions_can_be_left_out_of_updates(folder, tmp_path, graded_by_coin, monkeypatch):
-    """Their coefficient is 0, in both steps; mu and their group's mean and spread still count them."""
-    seen, plain = [], pipo.update
-    monkeypatch.setattr(pipo, "update", lambda model, optimizer, batch, coefficients, **options: (
-        seen.append((batch, coefficients)), plain(model, optimizer, batch, coefficients, **options))[1])
-    masked = pipo.train(settings(folder, tmp_path / "a", steps=3, mask_truncated=True))
-    plainly = pipo.train(settings(folder, tmp_path / "b", steps=3))
-    assert masked[0]["mu"] == plainly[0]["mu"]
-    for batch, coefficients in seen[:3]:
-        assert batch.truncated.any() and (coefficients.flatten()[batch.truncated] == 0).all()
-    batch, coefficients = seen[0]
-    rewards = torch.tensor([coin(text, "")[0] for text in batch.texts]).view(4, 4)
-    expected = group_advantages(rewards).masked_fill(batch.truncated.view(4, 4), 0.0)
-    assert torch.equal(coefficients, expected)
+    cfg = settings(folder, tmp_path, save_every=2, steps=5)
+    with pytest.raises(pipo.RewardError, match="judge.*SystemExit"):
+        pipo.train(cfg, reward=judge)
+    assert saved(tmp_path)["step"] == 3
+    assert len(pipo.train(replace(cfg, resume=True), reward=lambda text, *_: len(text))) == 5
+    batch, problem = SimpleNamespace(texts=["so"], tokens=torch.zeros(1)), pipo.Problem("asked", [3], "1", (), {})
+    for reward, part in [(lambda *_: None, "NoneType"), (lambda *_: "yes", "str"), (lambda *_: math.nan, "nan"),
+                         (lambda *_: object(), "object"), (lambda *_: 1 / 0, "ZeroDivision")]:
+        said = sentence_of(pipo.grade_all, batch, [problem], reward)
+        assert part in said and reward.__name__ in said and "'so'" in said and "'asked'" in said
 
 
 def test_metrics_go_to_a_tracker_only_when_asked(folder, tmp_path, graded_by_coin, monkeypatch):
-    """Fed with the rows of metrics.jsonl; its package is looked for before any work and imported only then."""
+    """Fed with the rows of metrics.jsonl, under the same name when resumed; finished after an error, too."""
     sent = []
-    fake = SimpleNamespace(init=lambda **options: sent.append(options), finish=lambda: sent.append("finished"),
-                           log=lambda row, step: sent.append(row))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        init=lambda **options: sent.append(options | {"id": os.environ["WANDB_RUN_ID"]}),
+        log=lambda row, step: sent.append(row), finish=lambda: sent.append("finished")))
+    monkeypatch.setenv("WANDB_PROJECT", "sums")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.setattr(pipo, "find_spec", lambda name: True)
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=2, tracker="wandb"))
-    assert sent[0]["config"]["steps"] == 2 and sent[1:] == [*rows, "finished"]
-    monkeypatch.setattr(pipo, "find_spec", lambda name: None)
-    refused(folder, tmp_path / "no", "--tracker is 'wandb': it needs the package of that name", tracker="wandb")
+    cfg = settings(folder, tmp_path / "run", steps=1, tracker="wandb")
+    assert [*pipo.train(cfg), "finished"] == sent[1:] and sent[0]["project"] == "sums"
+    pipo.train(replace(cfg, out=str(tmp_path / "another")))  # in the same process, as in a notebook
+    with pytest.raises(UserError):
+        pipo.train(replace(cfg, steps=2, resume=True), reward=lambda *_: None)
+    assert sent[0]["id"] == sent[0]["name"] == sent[6]["name"] == sent[6]["id"] and sent[7:] == ["finished"]
+    assert sent[3]["id"] == sent[3]["name"] != sent[0]["id"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2195,60 +1550,25 @@ def test_masters_of_float32_weights_are_plain_adamw():
         x = torch.randn(4, 5)
         for network, optimizer in ((theirs, plain), (ours, masters)):
             network(x).square().sum().backward()
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-2 / (step + 1)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
             optimizer.step()
             optimizer.zero_grad()
         assert torch.equal(weights(ours), weights(theirs))
-        if step == 2:
-            state = copy.deepcopy(masters.state_dict())
-            masters = pipo.MasterAdamW(ours.parameters(), "cpu", lr=1.0, weight_decay=0.1)
-            masters.load_state_dict(state)
+        state, masters = masters.state_dict(), pipo.MasterAdamW(ours.parameters(), "cpu", lr=1.0)
+        masters.load_state_dict(copy.deepcopy(state))
 
 
-def test_small_updates_of_bf16_weights_are_not_lost():
-    """At lr 1e-6 a bf16 weight of 1 never moves by itself (the next is 0.004 away); its fp32 master does."""
+def test_small_updates_and_gradients_of_bf16_weights_are_not_lost():
+    """At a small lr a bf16 weight of 1 never moves by itself (the next is 0.004 away); its fp32 master does."""
     for make, where, expected in ((torch.optim.AdamW, [], 0.0),
                                   (pipo.MasterAdamW, ["cpu"], pytest.approx(0.004, rel=0.05))):
         weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        optimizer = make([weight], *where, lr=1e-6, weight_decay=0.0)
-        for _ in range(4000):
+        optimizer = make([weight], *where, lr=1e-5, weight_decay=0.0)
+        for _ in range(400):
             weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
             optimizer.step()
         assert (1 - weight.detach().float().mean()).item() == expected
-
-
-def test_many_small_gradients_add_up_with_bf16_weights():
-    """1 added 600 times is 600, not 256: a bf16 sum stands still once a micro-batch is a small part of it."""
-    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = pipo.MasterAdamW([weight], "cpu", lr=1e-3)
-    for _ in range(600):
-        weight.sum().backward()
-    assert weight.grad.tolist() == [600.0, 600.0] and weight.dtype == torch.bfloat16
-    optimizer.zero_grad()
-    assert weight.grad is None
-
-
-@pytest.mark.parametrize("changes", [
-    pytest.param(dict(dtype="bfloat16"), id="bf16"), pytest.param(dict(lora=4, kl_coef=0.01), id="lora")])
-def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded_by_coin, changes):
-    """bf16 weights with masters, and LoRA: a resumed run equals an unbroken one; what is saved can be loaded.
-
-    Guards against masters rebuilt from the rounded weights, and against adapters left out of the checkpoint.
-    """
-    if "lora" in changes:
-        pytest.importorskip("peft")
-    whole = pipo.train(settings(folder, tmp_path / "whole", **changes))
-    pipo.train(settings(folder, tmp_path / "broken", steps=4, **changes))
-    resumed = pipo.train(settings(folder, tmp_path / "broken", resume=True, **changes))
-    assert without_times(whole) == without_times(resumed) and any("pi_loss" in row for row in whole)
-    unbroken, broken = (weights(tmp_path / run / "model") for run in ("whole", "broken"))
-    assert torch.equal(unbroken, broken) and not torch.equal(unbroken, weights(folder / "model"))
-    if "lora" in changes:
-        # the reference is the model with its adapters off, which at the start is the model
-        assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6
-        assert not (tmp_path / "whole" / "model" / "model.safetensors").exists()  # the adapters alone
-    assert whole[0]["logprob_gap"] < (0.05 if "dtype" in changes else 1e-4)
+    assert weight.grad_dtype == torch.float32  # 1 added 600 times would be 256
 
 
 @on_gpu
@@ -2256,61 +1576,51 @@ def test_other_precisions_and_adapters_train_and_resume(folder, tmp_path, graded
 def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, optimizer_device):
     """bf16 weights on the card, masters here or there: the policy that samples is the one that is trained."""
     changes = dict(device="cuda", optimizer_device=optimizer_device)
-    pipo.train(settings(folder, tmp_path / "run", steps=4, **changes))
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=6, resume=True, **changes))
+    pipo.train(settings(folder, tmp_path, steps=4, **changes))
+    rows = pipo.train(settings(folder, tmp_path, steps=6, resume=True, **changes))
     assert len(rows) == 6 and all(row["logprob_gap"] < 0.05 for row in rows) and rows[-1]["memory_gb"] < 4
 
 
-QWEN3_4B = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                num_key_value_heads=8, head_dim=128)
-
-
-def test_memory_plan_of_a_4b_model(monkeypatch, tmp_path):
-    """The arithmetic for 4B: 8.0 GB of bf16 weights, 48 GB of masters and moments, 144 KiB of cache a token.
-
-    They go to the host where that leaves the card to the cache; what cannot fit is refused beforehand.
-    """
+def test_what_fits_where(monkeypatch):
+    """A 4B model: 8.0 GB of bf16 weights, 16 of gradients, 48 of AdamW; those go to the host of a card of 80 GB.
+    What cannot fit is refused before anything is loaded."""
     with torch.device("meta"):
-        shapes = Qwen3ForCausalLM(Qwen3Config(vocab_size=151936, tie_word_embeddings=True, **QWEN3_4B))
-    monkeypatch.setattr(pipo.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+        shapes = Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=151936, tie_word_embeddings=True, hidden_size=2560, intermediate_size=9728,
+            num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128))
+    monkeypatch.setattr(pipo, "load_config", lambda _: shapes.config)
+    monkeypatch.setattr(pipo.AutoModelForCausalLM, "from_config", lambda *_, **__: shapes)
 
-    def plan(gpu, host, **changes):
-        monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": gpu, "cpu": host}[device] * 1e9)
-        return pipo.plan_memory(shapes, Config(model="4b", **changes), torch.device("cuda"), tmp_path)
+    def fitted(card, host, **changes):
+        monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": card, "cpu": host}[device.type] * 1e9)
+        return pipo.fit_memory(Config(model="4b", **changes), "4b", torch.device("cuda"))
 
-    cfg, table = plan(80, 128)
-    assert cfg.dtype == "bfloat16" and cfg.optimizer_device == "cpu" and 400_000 < cfg.cache_tokens < 470_000
-    assert "7.49 GiB on cuda" in table and "47.13 GiB on cpu" in table
-    assert all(re.search(r" [\d.]+ GiB on (cuda|cpu|disk)$", line) for line in table.splitlines())
-    smaller = plan(48, 128)[0].cache_tokens
-    assert 200_000 < smaller < 250_000  # a token takes 36 layers x 8 heads x 128 x 2 x 2 bytes
-    assert cfg.cache_tokens - smaller == pytest.approx(32e9 * 15/16 / (144 * 1024), abs=1)
-    # free memory that the system does not tell
-    assert plan(math.inf, math.inf, dtype="float32", cache_tokens=None)[0].cache_tokens == 1024 * (512 + 4096)
-    assert plan(80, 128, cache_tokens=50_000)[0].cache_tokens == 50_000
-    on_the_card = plan(85, 128, optimizer_device="cuda")[0]  # what a card of "80 GB" really has
-    assert on_the_card.optimizer_device == "cuda" and 100_000 < on_the_card.cache_tokens < 140_000
-    assert plan(140, 40)[0].optimizer_device == "cuda"  # no room in the host
-    for gpu, host, changes, sentence in [
-            (24, 128, {}, "GiB on cuda, where 21.0 are free"),  # gradients in fp32 alone take 16
-            (80, 30, dict(optimizer_device="cpu"), "GiB on cpu, where 26.2 are free"),
-            (24, 128, dict(kl_coef=0.1), "GiB on cuda"),  # a reference policy is 8 GB more
-            (80, 128, dict(cache_tokens=1000), "the cache has room for 1,000 tokens")]:
-        with pytest.raises(UserError, match=sentence):
-            plan(gpu, host, **changes)
-    assert plan(24, 32, lora=16)[0].cache_tokens > 40_000  # a 24 GB card trains adapters
+    cfg = fitted(149, 200)  # the 139 GiB of an H200
+    assert (cfg.dtype, cfg.optimizer_device, cfg.save_every) == ("bfloat16", "cuda", 50)
+    assert fitted(80, 128).optimizer_device == "cpu" and fitted(24, 32, lora=16).optimizer_device == "cuda"
+    assert fitted(85, 128, optimizer_device="cuda", save_every=7).save_every == 7
+    assert "take 22.5 GiB on cuda, where 20.5 are free" in sentence_of(fitted, 22, 128)
+    assert "take 45.0 GiB on cpu, where 27.9 are free" in sentence_of(fitted, 80, 30)
+    assert "take 30.0 GiB on cuda" in sentence_of(fitted, 30, 128, kl_coef=0.1)  # a reference policy
 
 
-def test_free_memory_heeds_the_limits_of_a_container(tmp_path, monkeypatch):
-    """The host's table alone is wrong in a container, and the run is killed."""
+def test_the_room_of_the_cache(tmp_path, monkeypatch):
+    """A share of what is free: a token of the tiny model is 2 layers x 2 heads x 8 x (key, value) x 4 bytes.
+    In a container the host's table alone is wrong, and the run was killed."""
     monkeypatch.setattr(pipo, "CGROUP", tmp_path)
-    host = pipo.free_memory("cpu")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 200000\ninactive_file 300000\n")
-    assert abs(pipo.free_memory("cpu") - host) < 2**30
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    assert pipo.free_memory("cpu") == 2_500_000  # what files were read can be forgotten
+    for limit, least, most in (("max", 2**20, math.inf), ("3000000", 2_600_000, 2_600_000)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.stat").write_text("anon 400000\nfile 500000\n")  # files can be forgotten
+        assert least <= pipo.free_memory(CPU) <= most
+    run = pipo.Run(tiny_model(), None, None, None)
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    cfg = Config(prompts_per_step=4, group_size=4, max_prompt_tokens=10, max_new_tokens=20)
+    moments = 8 * run.model.num_parameters()  # AdamW makes them at its first step
+    for free, room in ((moments + 256 * 100, int(pipo.CACHE_SHARE * 100)), (math.inf, 16 * 30)):
+        monkeypatch.setattr(pipo, "free_memory", lambda device: free)
+        assert pipo.cache_room(run, cfg) == room
+    monkeypatch.setattr(pipo, "free_memory", lambda device: moments)
+    assert "the cache has room for 0 of 30 tokens" in sentence_of(pipo.cache_room, run, cfg)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2320,34 +1630,34 @@ def test_free_memory_heeds_the_limits_of_a_container(tmp_path, monkeypatch):
 
 def test_demo_problems_are_right_and_disjoint():
     """Guards against held-out problems that were trained on, and worked examples that teach wrong sums."""
-    evaluation, warm, training = pipo.demo_rows(0)
-    assert len(evaluation) >= 500
-    asked = [{row["problem"] for row in rows} for rows in (evaluation, warm, training)]
-    assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
-    for row in warm[:200]:
+    sets = pipo.demo_rows(0)
+    asked = [row["problem"] for rows in sets for row in rows]
+    assert len(sets[0]) >= 500 and len(asked) == len(set(asked))
+    for row in sets[1][:200]:
         a, b = map(int, row["problem"].rstrip("?").split("+"))
         assert int(row["answer"]) == a + b and verify(row["worked"], row["answer"]) == 1.0
-    assert pipo.demo_rows(0)[0] != pipo.demo_rows(1)[0]
 
 
-def test_the_demo_end_to_end(tmp_path, offline, monkeypatch, capsys):
-    """The README's first command, with two digits: from nothing, without network, to a model that was taught.
+SMALLER_DEMO = """
+import sys, pipo
+pipo.DEMO_DIGITS, pipo.DEMO_EVAL, pipo.DEMO_WARM, pipo.DEMO_TRAIN, plain = 2, 32, 4096, 512, pipo.evaluate
+pipo.evaluate = lambda run, sets, *how: {"eval_pass@1": 1.0} if "probe" in sets else plain(run, sets, *how)
+sizes = "--window 2 --prompts-per-step 8 --group-size 4 --max-new-tokens 32 --show-every 1 --steps".split()
+code = pipo.main([*sizes, "3"])
+pipo.build_demo = None  # no second warm start
+sys.exit(code or pipo.main([*sizes, "4", "--resume"]))
+"""
 
-    Then it goes on from its checkpoint, without a second warm start.
-    """
-    for name, value in dict(DIGITS=2, EVAL=512, WARM=4096, TRAIN=512).items():
-        monkeypatch.setattr(pipo, f"DEMO_{name}", value)
-    sizes = "--warm-start 0.02 --window 2 --prompts-per-step 8 --group-size 4 --eval-limit 32".split()
-    flags = [*sizes, "--show-every", "1", "--device", "cpu", "--out", str(tmp_path / "demo")]
-    assert pipo.main([*flags, "--steps", "3"]) == 0
-    said = capsys.readouterr()
-    assert "step 0: demo pass@1" in said.out + said.err and "feedback" in said.out
-    assert "step 1, reward" in said.out + said.err
-    monkeypatch.setattr(pipo, "build_demo", lambda *_: pytest.fail("a second warm start"))
-    assert pipo.main([*flags, "--steps", "4", "--resume"]) == 0
-    rows = pipo.read_jsonl(tmp_path / "demo" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and any(row["mu"] > 0 for row in rows[1:])
-    assert (tmp_path / "demo" / "model").is_dir()
+
+def test_the_demo_end_to_end(tmp_path):
+    """The README's first command, with two digits: from nothing, without network; the warm start is cut short."""
+    demo = own_process("-c", SMALLER_DEMO)
+    demo |= dict(cwd=tmp_path, env=demo["env"] | {"PYTHONPATH": str(HERE), "HF_HOME": str(tmp_path / "hub")})
+    done = subprocess.run(**demo)
+    said, out = done.stdout + done.stderr, tmp_path / "runs" / "demo-grpo-pipo-seed0"
+    assert done.returncode == 0 and "step 0: demo" in said and "step 1, reward" in said, said
+    rows = pipo.read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and (out / "model").is_dir()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2355,477 +1665,298 @@ def test_the_demo_end_to_end(tmp_path, offline, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_a_run_and_the_saved_model(folder, tmp_path, graded_by_coin):
-    """Metrics hold every number that the README explains; the model folder loads as any other."""
-    out = tmp_path / "run"
-    rows = pipo.train(settings(folder, out, eval_every=2, eval_dataset=str(folder / "train.jsonl"),
-                               kl_coef=0.01, steps=4))
+def test_files_of_a_run(folder, tmp_path, graded_by_coin):
+    """Metrics hold every number that the README explains; samples, a right and a wrong one of each step."""
+    (tmp_path / "b").mkdir()
+    sets = [str(folder / "train.jsonl"), shutil.copy(folder / "train.jsonl", tmp_path / "b")]  # of one name
+    cfg = settings(folder, tmp_path / "run", eval_every=2, eval_dataset=sets, eval_samples=2, kl_coef=0.01, steps=4)
+    rows, (alone,) = pipo.train(cfg), pipo.train(replace(cfg, steps=0, out=str(tmp_path / "alone")))
+    assert {f"eval/{name}/{key}" for name in ("train", sets[1]) for key in ("pass@1", "pass@2", "stderr")} <= set(alone)
+    assert without_times([alone]) == without_times(rows[:1])
     expected = """step mu mu_his sigma_his xi phi feedback coefficient loss grad_norm pi_loss pi_grad_norm
         clip_fraction ratio logprob_gap entropy kl truncated zero_signal completion_length tokens
         seconds_sample seconds_grade seconds_verification seconds_exploration memory_gb eval_pass@1""".split()
     assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
     assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
-    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3
-    samples = pipo.read_jsonl(out / "samples.jsonl")
-    assert {"problem", "completion", "reward"} <= set(samples[0])
-    for row in rows[1:]:  # a right and a wrong one, where there are both
-        rewards = {sample["reward"] for sample in samples if sample["step"] == row["step"]}
-        assert rewards == ({0.0, 1.0} if 0 < row["mu"] < 1 else {row["mu"]})
-    AutoTokenizer.from_pretrained(out / "model")
-    assert not torch.equal(weights(out / "model"), weights(folder / "model"))
+    samples, names = pipo.read_jsonl(tmp_path / "run" / "samples.jsonl"), set(os.listdir(tmp_path / "run"))
+    assert {(sample["step"], sample["reward"]) for sample in samples} == {
+        (row["step"], right) for row in rows[1:] for right in (0, 1) if row["mu"] != 1 - right}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model"}
 
 
-def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, graded_by_coin):
-    """12 steps, and 7 resumed to 12: same metrics, same samples, same bits.
-
-    Guards against a lost window, batch, moment or data order. What a kill leaves behind the checkpoint in the
-    logs, whole lines and one cut in half, must go, not stand there twice.
-    """
-    changes = dict(feedback="shuffled", kl_coef=0.01)
-    whole = pipo.train(settings(folder, tmp_path / "whole", steps=12, **changes))
-    pipo.train(settings(folder, tmp_path / "broken", steps=7, **changes))
-    for name in pipo.LOGS:
-        with open(tmp_path / "broken" / name, "a") as file:
-            file.write(json.dumps({"step": 8, "mu": 9}) + "\n" + '{"step": 9, "m')
-    resumed = pipo.train(settings(folder, tmp_path / "broken", steps=12, resume=True, **changes))
-    assert without_times(whole) == without_times(resumed) and len(whole) == 12
-    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
-    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "broken")]
-    assert samples[0] == samples[1] and samples[0].count("\n") > 12
-    assert len({row["mu"] for row in whole}) > 3 and any(row["feedback"] == "negative" for row in whole)
+def assert_same_run(one, other):
+    """The same metrics but for times, the same samples, the same bits."""
+    rows = [without_times(pipo.read_jsonl(out / "metrics.jsonl")) for out in (one, other)]
+    assert rows[0] == rows[1] and any("pi_loss" in row for row in rows[0])
+    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    assert torch.equal(weights(one / "model"), weights(other / "model"))
 
 
-def command(cfg, patch=""):
-    """Arguments of subprocess: a run in its own process, graded by coin, after the lines of `patch`."""
-    script = ["import os, sys, signal, zlib, torch, pipo", inspect.getsource(coin), "pipo.grade = coin",
-              patch, "sys.exit(pipo.main(sys.argv[1:]))"]
-    given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-    flags = [x for name, value in given.items() for x in ([pipo.flag(name), value], [pipo.flag(name)])[value is True]]
-    return own_process("-c", "\n".join(script), *flags)
+@pytest.mark.parametrize("owner, name, call, changes", [
+    (pipo, "sample", 1, {}), (pipo, "update", 5, {}), (pipo, "save_model", 1, dict(base="dapo", minibatches=2)),
+    (torch, "save", 2, dict(dtype="bfloat16")), (torch, "save", 2, dict(lora=4, kl_coef=0.1))])
+def test_a_run_killed_at_any_moment_and_resumed_equals_an_unbroken_one(
+        folder, tmp_path, graded_by_coin, owner, name, call, changes):
+    """Guards against a lost window, batch, moment or data order, masters rebuilt from rounded weights, adapters
+    left out; half a checkpoint in the place of the old one; logs in which what came after it stands twice."""
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    whole = pipo.train(settings(folder, tmp_path / "whole", save_every=2, steps=4, **changes))
+    cfg = settings(folder, tmp_path / "run", save_every=2, steps=4, **changes)
+    plain, calls = getattr(owner, name), []
+
+    def killed(*args, **options):
+        calls.append(args)
+        if len(calls) < call:
+            return plain(*args, **options)
+        if name == "save":
+            args[1].write(b"half of it")
+        raise GeneratorExit  # which no `except` of pipo.py catches, as nothing catches SIGKILL
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GeneratorExit):
+        patch.setattr(owner, name, killed)
+        pipo.train(cfg)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "m')
+    pipo.train(replace(cfg, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert os.listdir(tmp_path / "run" / "checkpoint") == ["state.pt"]
+    if "dtype" in changes:  # masters stand for the weights, which would be there twice
+        assert saved(tmp_path / "run")["model"] == {} and whole[0]["logprob_gap"] < 0.05
+    if "lora" in changes:  # the reference is the model with its adapters off
+        assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(folder, tmp_path, graded_by_coin):
-    """Guards against writing over the only checkpoint: a SIGKILL with half of step 4's on the disk."""
-    patch = """
-plain_save = torch.save
-def save(state, file):
-    if state["step"] == 4:
-        file.write(b"half of it"); file.flush(); os.kill(os.getpid(), signal.SIGKILL)
-    plain_save(state, file)
-torch.save = save
-"""
-    cfg = settings(folder, tmp_path / "run", save_every=2)
-    killed = subprocess.run(**command(cfg, patch))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert saved(tmp_path / "run")["step"] == 2
-    rows = pipo.train(replace(cfg, resume=True))
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-
-
-def wait_for_rows(out, n):
-    """Until a running process has logged n steps."""
-    deadline, log = time.time() + 60, out / "metrics.jsonl"
-    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= n):
-        time.sleep(0.1)
+def test_processes_that_are_stopped_or_killed_go_on_as_if_nothing_had_been(folder, tmp_path, rewards_file):
+    """Ctrl-C cut a step in half, or exited with 0; an ASCII terminal ended the run at a non-ASCII problem."""
+    rows = [{"problem": "é" + LETTERS[i:i + 3], "answer": "1"} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = settings(folder, tmp_path / "whole", dataset=str(tmp_path / "train.jsonl"), steps=100_000, show_every=1,
+                   save_every=2, reward=f"{rewards_file}:coin")
+    outs, runs, said = {signal.SIGINT: tmp_path / "stopped", signal.SIGKILL: tmp_path / "killed"}, {}, {}
+    for sign, out in outs.items():
+        given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+        process = own_process("pipo.py", *[f"{pipo.flag(name)}={x}" for name, x in (given | {"out": out}).items()])
+        process["env"]["PYTHONIOENCODING"] = "ascii"
+        # a suite started in the background hands on that SIGINT is ignored, which pipo respects
+        runs[sign] = subprocess.Popen(**process, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for sign, run in runs.items():
+        deadline, log = time.time() + 90, outs[sign] / "metrics.jsonl"
+        while time.time() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+            time.sleep(0.05)
+        run.send_signal(sign)
+        said[sign] = "".join(run.communicate(timeout=90))
+        assert run.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[sign], said[sign]
+    steps, of_stopped = {sign: saved(out)["step"] for sign, out in outs.items()}, said[signal.SIGINT]
+    assert f"--resume goes on after step {steps[signal.SIGINT]}\n" in of_stopped and "Traceback" not in of_stopped
+    for out in (tmp_path / "whole", *outs.values()):
+        pipo.train(replace(cfg, out=str(out), resume=True, steps=max(steps.values()) + 2))
+        assert_same_run(tmp_path / "whole", out)
+    assert "\\xe9" in of_stopped and '"problem": "é' in (tmp_path / "whole" / "samples.jsonl").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_to_stop_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin, name):
-    """Guards against a step cut in half, and against a run that says --resume and cannot. Exit code 128 + n.
-
-    What a scheduler sends before it kills ended the run at once, with nothing saved.
-    """
-    out, number = tmp_path / "run", getattr(signal, name)
-    cfg = settings(folder, out, steps=100_000, save_every=100_000)
-    # a suite started in the background hands on that SIGINT, or under nohup SIGHUP, is ignored, which pipo respects
-    run = subprocess.Popen(**command(cfg), preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
-    wait_for_rows(out, 3)
-    run.send_signal(number)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and "--resume" in said and "Traceback" not in said
-    step = saved(out)["step"]
-    assert step >= 3 and pipo.read_jsonl(out / "metrics.jsonl")[-1]["step"] == step
-    rows = pipo.train(replace(cfg, steps=step + 1, resume=True))
-    assert [row["step"] for row in rows] == list(range(1, step + 2))
+def test_a_signal_to_stop_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin, monkeypatch, capsys, name):
+    """What a scheduler sends before it kills ended the run at once, with nothing saved. Exit code 128 + n."""
+    number, plain = getattr(signal, name), pipo.iteration
+    flags = (f"--model {folder}/model --dataset {folder}/train.jsonl --max_new_tokens 4 --group-size 2 "
+             f"--device cpu --prompts-per-step 2 --steps 5 --out {tmp_path}").split()
+    monkeypatch.setattr(pipo, "iteration", lambda run, *given: (
+        run.step == 1 and signal.raise_signal(number), plain(run, *given))[1])
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, which pipo respects
+    assert pipo.main(flags) == 128 + number and saved(tmp_path)["step"] == 2 and not (tmp_path / "model").exists()
+    assert "pipo: stopped after step 2; --resume goes on after step 2\n" in capsys.readouterr().err
+    with pipo.signals_caught() as caught, pytest.raises(KeyboardInterrupt):  # a second stops at once
+        for _ in range(2):
+            signal.raise_signal(number)
+    assert signal.signal(number, before) == signal.SIG_DFL and caught == [number]
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    """Guards against a run that cannot be stopped within a long step, and a handler that outlives the run."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    with pipo.signals_caught() as caught:
-        signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    with pipo.signals_caught() as caught:
-        assert signal.getsignal(signal.SIGINT) != signal.default_int_handler and not caught
-    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
-
-
-@pytest.mark.parametrize("broken", ["sampling", "gradient"])
-def test_a_run_that_breaks_down_names_its_step_and_meets_it_again(
-        folder, tmp_path, graded_by_coin, monkeypatch, broken):
-    """A NaN must stop the run, never be trained through; what goes on from the checkpoint meets it again."""
-    cfg, said = settings(folder, tmp_path / "run", lr=1e30 if broken == "sampling" else 1e-3, steps=20), []
-    plain, calls = pipo.policy_loss, []
-
-    def nan_from_the_fourth_on(*args):
-        calls.append(1)
-        loss, means = plain(*args)
-        return loss * (math.nan if len(calls) > 3 else 1), means
-
-    if broken == "gradient":
-        monkeypatch.setattr(pipo, "policy_loss", nan_from_the_fourth_on)
+def test_a_run_that_breaks_down_names_its_step_and_meets_it_again(folder, tmp_path, graded_by_coin):
+    """A NaN must stop the run, never be trained through, nor be saved as a model after the last step."""
     for resume in (False, True):
-        with pytest.raises(FloatingPointError, match="; the last checkpoint is as it was$") as stopped:
-            pipo.train(replace(cfg, resume=resume))
-        said.append(str(stopped.value))
-        assert said[0].startswith(f"step {saved(tmp_path / 'run')['step'] + 1}: ")
-    assert said[0] == said[1]
+        with pytest.raises(FloatingPointError, match="step 2: .*; the last checkpoint is as it was$"):
+            pipo.train(settings(folder, tmp_path, lr=1e30, resume=resume))
+        assert saved(tmp_path)["step"] == 1
+    with pytest.raises(FloatingPointError, match="step 1: the weights are not finite"):
+        pipo.train(settings(folder, tmp_path, steps=1, lr=1e300, overwrite=True))
+    assert not (tmp_path / "model").exists()
 
 
-def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
+def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin, capsys):
     """Guards against a run of days that a mistyped command deletes, or goes on with under other settings."""
-    pipo.train(settings(folder, tmp_path, steps=2))
+    pipo.train(settings(folder, tmp_path, steps=2, resume=True))  # with nothing to go on from, it begins
+    (tmp_path / "short.jsonl").write_text('{"problem": "ab", "answer": "1"}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     for changes, sentence in [
-            ({}, "already holds a run"),
-            (dict(resume=True, steps=1), "already stands at step 2"),
-            (dict(resume=True, steps=4, lr=0.5, window=3), "--window was 2, is 3; --lr was 0.001, is 0.5")]:
-        with pytest.raises(UserError, match=re.escape(sentence)):
-            pipo.train(settings(folder, tmp_path, **dict(steps=2) | changes))
-    with pytest.raises(UserError):  # a mistyped name must not cost the run
-        pipo.train(settings(folder, tmp_path, steps=1, overwrite=True, dataset="/no/such"))
-    assert len(pipo.train(settings(folder, tmp_path, steps=2, resume=True))) == 2
+            ({}, "already holds a run: --overwrite deletes it, --resume goes on from its checkpoint"),
+            (dict(resume=True, steps=1), "already stands at step 2, beyond --steps 1"),
+            (dict(resume=True, dataset=f"{tmp_path}/short.jsonl"), "another number of problems"),
+            (dict(resume=True, steps=4, lr=0.5, window=3), "--window was 2, is 3; --lr was 0.001, is 0.5"),
+            (dict(overwrite=True, dataset="/no/such"), "/no/such"),  # a mistyped name must not cost the run
+            (dict(overwrite=True, model=f"{tmp_path}/model"), "give another --out"),
+            # the checkpoint's adapters would come on top of a model that already holds them
+            (dict(resume=True, model=f"{tmp_path}/model"), "give another --out")]:
+        refused(folder, tmp_path, sentence, **dict(steps=3) | changes)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert len(pipo.train(settings(folder, tmp_path, steps=3, resume=True, show_every=9))) == 3
+    assert f"{tmp_path}/model is of step 2 until this run ends" in capsys.readouterr().out
+    assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 3
+    (tmp_path / "checkpoint" / "state.pt").unlink()
+    refused(folder, tmp_path, "already holds a run", resume=True)  # a finished model is not begun anew
     assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
 
 
-def flipped(data):
-    """One bit in the middle turned round."""
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
-
-
-def changed(change):
-    """Bytes of a checkpoint with its dictionary changed."""
-    def edit(data):
-        state = torch.load(io.BytesIO(data), weights_only=True)
-        file = io.BytesIO()
-        torch.save(change(state), file)
-        return file.getvalue()
-    return edit
-
-
-def without_a_weight(state):
-    state["model"].pop("model.norm.weight")
-    return state
-
-
-def of_another_shape(state):
-    state["model"]["model.norm.weight"] = torch.ones(7)
-    return state
-
-
-BROKEN = {
-    "empty": lambda data: b"", "truncated": lambda data: data[:len(data) // 2], "zeros": lambda data: bytes(1000),
-    "random": lambda data: random.Random(0).randbytes(5000), "text": lambda data: b"hello", "a flipped bit": flipped,
-    "a list": changed(lambda state: [1]), "no optimizer": changed(lambda state: {**state, "optimizer": {}}),
-    "a key missing": changed(lambda state: {k: v for k, v in state.items() if k != "window"}),
-    "a weight missing": changed(without_a_weight), "another shape": changed(of_another_shape),
-}
-
-
-@pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
-    """A run of two steps with its checkpoint, to be copied and broken."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipo, "grade", coin)
-        pipo.train(settings(folder, out, steps=2))
-    return out
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_checkpoint_is_refused_and_left_as_it_is(folder, tmp_path, finished, how):
-    """A weight missing from it kept its start value, flipped bits were loaded, the rest were tracebacks."""
-    shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoint" / "state.pt"
-    file.write_bytes(BROKEN[how](file.read_bytes()))
-    before = file.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    refused(folder, tmp_path / "run", "checkpoint", resume=True)
-    assert before == (file.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes())
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]\n" * 400, b"null\n" * 400, b'{"mu": 1}\n' * 400])
-def test_broken_logs_are_refused(folder, tmp_path, finished, content):
-    """What stands before the checkpoint's place in a log is part of the run: no row of it may be lost or made up."""
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
-    refused(folder, tmp_path / "run", "the logs in", resume=True)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path, finished):
-    """A pickle can call anything: only tensors and plain values are read."""
-    class Evil:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
-    shutil.copytree(finished, tmp_path / "run")
-    torch.save({"step": Evil()}, tmp_path / "run" / "checkpoint" / "state.pt")
-    refused(folder, tmp_path / "run", "cannot be used", resume=True)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_resumed_run_must_read_what_it_began_with(folder, tmp_path, finished):
-    """Other problems or another start model under the same name: it went on without a word."""
-    shutil.copytree(finished, tmp_path / "run")
-    rows = (folder / "train.jsonl").read_text().splitlines()
-    (tmp_path / "train.jsonl").write_text("\n".join(rows[::-1]))
+def test_a_clock_in_the_template_does_not_hinder_resume(folder, tmp_path, graded_by_coin):
+    """Llama 3's template writes today's date: what was begun yesterday is another prompt, not another run."""
     shutil.copytree(folder / "model", tmp_path / "model")
-    tiny_model(seed=1, spread=0.05).save_pretrained(tmp_path / "model")
-    state = saved(tmp_path / "run")
-    for setting, value, name in [("dataset", tmp_path / "train.jsonl", "training problems"),
-                                 ("model", tmp_path / "model", "start model")]:
-        state["config"] |= {"dataset": str(folder / "train.jsonl"), "model": str(folder / "model")}
-        state["config"][setting] = str(value)  # the same name as before, with another content
-        torch.save(state, tmp_path / "run" / "checkpoint" / "state.pt")
-        refused(folder, tmp_path / "run", f"changed are: {name}", resume=True, **{setting: str(value)})
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%f') }}{{ messages[0].content }}")
+    cfg = settings(folder, tmp_path / "run", model=tmp_path / "model", steps=np.int64(1))
+    pipo.train(replace(cfg, out=tmp_path / "run"))  # paths and numpy's numbers, from Python
+    assert len(pipo.train(replace(cfg, steps=2, resume=True, lr=np.float64(1e-3)))) == 2
 
 
-def test_overwrite_does_not_delete_what_it_is_to_read(folder, tmp_path, finished):
-    """--overwrite --dataset OUT/samples.jsonl deleted the data set it was about to read; a linked folder stays."""
-    shutil.copytree(finished, tmp_path / "run")
-    data = str(tmp_path / "run" / "samples.jsonl")
-    refused(folder, tmp_path / "run", f"{data} is to be read", overwrite=True, dataset=data)
-    inside = str(tmp_path / "run" / "model")
-    refused(folder, tmp_path / "run", f"{inside} is to be read", overwrite=True, model=inside)
-    shutil.move(tmp_path / "run" / "model", tmp_path / "elsewhere")
-    (tmp_path / "run" / "model").symlink_to(tmp_path / "elsewhere")
-    pipo.train(settings(folder, tmp_path / "run", steps=1, overwrite=True))
-    assert (tmp_path / "elsewhere" / "config.json").exists()
+def test_a_broken_checkpoint_or_log_is_refused_and_left_as_it_is(folder, tmp_path, graded_by_coin):
+    """A weight missing from it kept its start value, a pickle ran any code, the rest were tracebacks."""
+    pipo.train(settings(folder, tmp_path, steps=1))
+    for name, edit in [
+            ("checkpoint/state.pt", b""), ("checkpoint/state.pt", b"PK" + bytes(9999)),
+            ("checkpoint/state.pt", dict(step=os.abort)), ("checkpoint/state.pt", dict(config={})),
+            ("checkpoint/state.pt", dict(optimizer={})), ("checkpoint/state.pt", dict(window=None)),
+            ("checkpoint/state.pt", dict(model={"model.norm.weight": torch.ones(32)})),
+            ("metrics.jsonl", b"\xff\xfe\x00\n"), ("samples.jsonl", b'{"mu": 1}\n')]:
+        file = tmp_path / name
+        whole = file.read_bytes()
+        file.write_bytes(edit) if isinstance(edit, bytes) else torch.save(saved(tmp_path) | edit, file)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        refused(folder, tmp_path, "", resume=True)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        file.write_bytes(whole)
 
 
-def test_overwrite_spares_a_model_folder_and_what_a_tilde_means(folder, tmp_path, finished, monkeypatch):
-    """`--model M --out M --overwrite` replaced the model's own config.json; ~ was expanded for reading only."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    refused(folder, tmp_path / "model", "is to be read", overwrite=True, model=str(tmp_path / "model"))
-    assert "vocab_size" in (tmp_path / "model" / "config.json").read_text()
-    shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    refused(folder, tmp_path / "run", "is to be read", overwrite=True, dataset="~/run/samples.jsonl")
-    assert (tmp_path / "run" / "samples.jsonl").exists()
-
-
-def test_a_reward_cannot_end_the_run_as_if_it_were_done(folder, tmp_path):
-    """sys.exit(0) in it gave exit code 0: a queue took the half-done run for finished."""
-    file = tmp_path / "rewards.py"
-    file.write_text("import sys\ndef score(*_):\n    sys.exit(0)\n")
-    with pytest.raises(RuntimeError, match="sys.exit"):
-        pipo.train(settings(folder, tmp_path / "run", reward=f"{file}:score"))
-    for content in ("sys.exit(0)", "def (", "import nothing_of_that_name"):
-        file.write_text(f"import sys\n{content}\n")
-        refused(folder, tmp_path / "run", "that file does not run", reward=f"{file}:score")
-
-
-def test_held_out_sets_of_one_name_are_both_there(folder, tmp_path, graded_by_coin):
-    """a/test.jsonl and b/test.jsonl had one key: the second was lost in silence."""
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(folder / "train.jsonl", tmp_path / name / "test.jsonl")
-    sets = [str(tmp_path / name / "test.jsonl") for name in ("a", "b")]
-    rows = pipo.train(settings(folder, tmp_path / "run", steps=0, eval_every=1, eval_limit=3, eval_dataset=sets))
-    assert {"eval/test/pass@1", "eval/test+/pass@1"} <= set(rows[0])
-
-
-def test_a_model_is_saved_whole_or_not_at_all(folder, tmp_path, graded_by_coin, monkeypatch):
-    """A kill between its weights and its tokenizer left half a model for good; a file in its place, none."""
-    cfg = settings(folder, tmp_path / "run", steps=2, keep_models=1)
-
-    def full(*_):
-        raise OSError("full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-        with pytest.raises(UserError, match="could not be saved"):
-            pipo.train(cfg)
-    assert not (tmp_path / "run" / "model-1").exists()
-    (tmp_path / "run" / "model-7.txt").write_text("mine")
-    pipo.train(replace(cfg, overwrite=True))
-    assert sorted(path.name for path in (tmp_path / "run").glob("model*")) == ["model", "model-2", "model-7.txt"]
-
-
-def test_weights_that_are_not_finite_are_not_saved_as_a_model(folder, tmp_path, graded_by_coin):
-    """The last step's were never sampled from: exit code 0, and a model of nan."""
-    with pytest.raises(FloatingPointError, match="the weights are not finite"):
-        pipo.train(settings(folder, tmp_path / "run", steps=1, lr=1e300))
-
-
-def test_two_processes_cannot_share_a_folder(folder, tmp_path, graded_by_coin):
-    """Both returned 0, their metrics interleaved. The lock dies with its process, also by SIGKILL."""
-    cfg = settings(folder, tmp_path / "run", steps=100_000)
-    run = subprocess.Popen(**command(cfg))
-    wait_for_rows(tmp_path / "run", 1)
-    for changes in (dict(resume=True), dict(overwrite=True), {}):
-        with pytest.raises(UserError, match=f"is in use by the process {run.pid}: give another --out"):
-            pipo.train(replace(cfg, **changes))
-    run.kill()
-    run.communicate()
-    assert len(pipo.train(replace(cfg, steps=1, overwrite=True))) == 1
-
-
-def test_optimized_python_resumes_to_the_same_weights(folder, tmp_path, graded_by_coin):
-    """python -O strips asserts: one with a side effect left --resume on the start weights, exit code 0."""
-    pipo.train(settings(folder, tmp_path / "whole", steps=4))
-    pipo.train(settings(folder, tmp_path / "broken", steps=2))
-    optimized = command(settings(folder, tmp_path / "broken", steps=4, resume=True))
-    optimized["args"].insert(1, "-O")
-    assert subprocess.run(**optimized).returncode == 0
-    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "broken" / "model"))
-
-
-def test_a_closed_pipe_and_an_ascii_terminal_do_not_end_a_run(folder, tmp_path):
-    """`| head -1` raised BrokenPipeError, a non-ASCII problem UnicodeEncodeError, both before the checkpoint."""
-    rows = [{"problem": "é" + letters, "answer": "1"} for letters in ("ab", "cd", "ef", "gh")]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    cfg = settings(folder, tmp_path / "run", dataset=str(tmp_path / "train.jsonl"), steps=3, show_every=1)
-    run = command(cfg)
-    run["args"][1:3] = ["pipo.py"]
-    line = f"set -o pipefail; {shlex.join(run['args'])} 2>&1 | head -1"
-    run |= dict(args=["bash", "-c", line], env=run["env"] | {"PYTHONIOENCODING": "ascii"})
-    done = subprocess.run(**run)
-    assert done.returncode == 0, done.stderr
-    assert len(pipo.read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3 and (tmp_path / "run" / "model").exists()
-
-
-def test_a_stream_closed_from_the_start_writes_into_no_other_file(tmp_path):
-    """After `2>&-` the next file that was opened got the number 2, and what was said stood in it."""
-    stream = pipo.sturdy(None)
-    with open(tmp_path / "file", "w"):
-        print("a warning", file=stream, flush=True)
-    assert (tmp_path / "file").read_text() == ""
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(folder, tmp_path, graded_by_coin, monkeypatch):
-    """The half-written file stayed and filled the disk for good."""
+def test_a_full_disk_leaves_the_old_checkpoint_or_model(folder, tmp_path, graded_by_coin, monkeypatch, capsys):
+    """A half-written file stayed and filled the disk for good, or a run of days ended for a moment's trouble."""
     plain = torch.save
+    errors = {2: OSError(28, "No space left on device"), 3: RuntimeError("unexpected pos 64 vs 0")}
 
     def full(state, file):
-        if state["step"] == 3:
+        if state["step"] in errors:
             file.write(b"half of it")
-            raise OSError(28, "No space left on device")
+            raise errors[state["step"]]
         plain(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    refused(folder, tmp_path / "run", "step 3 could not be saved after 0.00 GiB")
-    assert os.listdir(tmp_path / "run" / "checkpoint") == ["state.pt"]
-    assert saved(tmp_path / "run")["step"] == 2
+    assert len(pipo.train(settings(folder, tmp_path, steps=3))) == 3
+    said = capsys.readouterr().out
+    assert all(f"step {step} could not be saved, the last" in said and str(errors[step]) in said for step in errors)
+    assert saved(tmp_path)["step"] == 1 and os.listdir(tmp_path / "checkpoint") == ["state.pt"]
+    model = weights(tmp_path / "model")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *_: 1 / 0)
+    refused(folder, tmp_path, "could not be saved", steps=4, resume=True)
+    assert torch.equal(model, weights(tmp_path / "model"))
 
 
-def test_masters_stand_for_the_weights_in_a_checkpoint(folder, tmp_path, graded_by_coin):
-    """bf16 weights stood in it twice: 8 of 56 GB for 4B. The time of a save is in the next row."""
-    rows = pipo.train(settings(folder, tmp_path / "run", dtype="bfloat16", steps=3, keep_models=2))
-    state = saved(tmp_path / "run")
-    assert state["model"] == {} and len(state["optimizer"]["masters"]) > 0
-    assert "seconds_save" not in rows[0] and rows[1]["seconds_save"] > 0
-    assert sorted(path.name for path in (tmp_path / "run").glob("model-*")) == ["model-2", "model-3"]
-    assert torch.equal(weights(tmp_path / "run" / "model-3"), weights(tmp_path / "run" / "model"))
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_with_lora_a_plain_model_is_saved_that_answers_as_the_adapters_did(folder, tmp_path, dtype, atol):
+    """Adapters alone are no folder for vLLM or --model; merged twice, or scaled wrongly, it is another policy."""
+    pytest.importorskip("peft")
+    start, ids = str(folder / "model"), torch.arange(28)[None]
+    model = pipo.load_model(start, CPU, dtype, lora=4)
+    plain = model(ids).logits.detach()
+    for weight in pipo.trained_weights(model).values():
+        torch.nn.init.normal_(weight, std=0.3)
+    adapted = model(ids).logits.detach()
+    pipo.save_model(pipo.Run(model, letter_tokenizer(), None, None), start, Config(lora=4), tmp_path)
+    again = pipo.load_model(str(tmp_path / "model"), CPU, dtype)(ids).logits
+    assert torch.allclose(again, adapted, atol=atol) and (adapted - plain).abs().max() > 3 * atol
+    assert not list((tmp_path / "model").glob("adapter*"))
 
 
-def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path, graded_by_coin):
-    """A step of a 4B model takes minutes and a scheduler waits for seconds: the last checkpoint must be recent."""
-    cfg = settings(folder, tmp_path / "run", steps=2, save_every=100, save_minutes=1e-9)
-    with pytest.MonkeyPatch.context() as patch:
-        saved, plain = [], pipo.save_checkpoint
-        patch.setattr(pipo, "save_checkpoint", lambda *a: (saved.append(a[0].step), plain(*a)))
-        pipo.train(cfg)
-    assert saved == [1, 2]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+BY_KIND = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--seed", str(2**63)], "--seed is"), (["--window", str(2**63)], "--window is"), (["--out", "a\0b"], "--out is"),
-    (["--model", "m" * 5000], "--model is"), (["--dataset", "d" * 5000], "--dataset is"),
-    (["--model", ""], "--model is empty"), (["--dataset", ""], "--dataset is '': name a data set")])
-def test_values_beyond_reason_get_one_sentence(folder, tmp_path, capsys, flags, sentence):
-    """Each of these was a traceback."""
-    good = ["--model", str(folder / "model"), "--dataset", str(folder / "train.jsonl"), "--out", str(tmp_path / "run")]
-    code, said = pipo.main([*good, *flags]), capsys.readouterr().err.strip()
-    assert code == 2 and sentence in said and said.count("\n") == 0
-
-
-def test_a_long_system_message_is_no_name():
-    """Few-shot examples in --system were refused as no text that could name something."""
-    pipo.validate(Config(model="m", system="few-shot examples " * 200))
+@pytest.mark.parametrize("kind, rope, written", [
+    (Qwen3Config, {"rope_type": "default", "rope_theta": 1e6}, (1e6, None, None)),
+    (Qwen3Config, YARN | {"rope_theta": 5e5}, (5e5, YARN, None)),
+    (Gemma3TextConfig, BY_KIND, (1e6, {"rope_type": "linear", "factor": 8.0}, 1e4))])
+def test_transformers_4_reads_the_saved_model_as_5_does(tmp_path, kind, rope, written):
+    """It looks for positions elsewhere, and took theta 10,000 in silence; it knows no TokenizersBackend.
+    A temperature without do_sample, as in many a published model, made save_pretrained raise at the end."""
+    config = kind(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, max_position_embeddings=256, rope_parameters=copy.deepcopy(rope))
+    start, ids, of_transformers_4 = tmp_path / "start", torch.arange(28)[None], kind is Qwen3Config
+    in_folder(AutoModelForCausalLM.from_config(config), start)
+    (start / "generation_config.json").write_text('{"temperature": 0.6}')
+    file = start / "tokenizer_config.json"
+    file.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n\n' if of_transformers_4 else
+                    '{"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<eos>"]}')
+    run = pipo.Run(pipo.load_model(str(start), CPU), AutoTokenizer.from_pretrained(start), None, None)
+    pipo.save_model(run, str(start), Config(), tmp_path)
+    found = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert tuple(map(found.get, ("rope_theta", "rope_scaling", "rope_local_base_freq"))) == written
+    again = pipo.load_model(str(tmp_path / "model"), CPU)
+    assert again.config.rope_parameters == run.model.config.rope_parameters
+    assert torch.equal(again(ids).logits, run.model(ids).logits) and again.generation_config.temperature == 0.6
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    assert (tmp_path / "model" / file.name).read_text() == (file.read_text() if of_transformers_4 else
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<eos>"]}')
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line. What the user can put right is one sentence and exit code 2, and --help leaves nothing out.
 # ------------------------------------------------------------------------------------------------------------
 
-
-def bad_inputs(where):
-    """Flags and what must be said of them, where model, data and all other flags are good."""
-    (where / "columns.jsonl").write_text('{"text": "x", "label": "y"}')
-    (where / "empty.jsonl").write_text("")
-    (where / "notes.txt").write_text("x")
-    (where / "noanswer.jsonl").write_text('{"problem": "x", "answer": ""}')
-    (where / "emptyfolder").mkdir(exist_ok=True)
-    (where / "translator").mkdir(exist_ok=True)
-    (where / "translator" / "config.json").write_text('{"model_type": "t5"}')
-    return [
-        ("--model /no/such/folder", "/no/such/folder does not exist"),
-        ("--model nobody/nothing", "nobody/nothing can be read neither"),
-        (f"--model {where}/emptyfolder", "emptyfolder can be read neither"),
-        (f"--model {where}/translator", "translator can be read neither"),
-        ("--dataset /no/such/file.parquet", "/no/such/file.parquet does not exist"),
-        ("--dataset nobody/nothing", "nobody/nothing can be read neither"),
-        (f"--dataset {where}/columns.jsonl",
-         "has the columns text, label; understood are prompt, problem"),
-        (f"--dataset {where}/empty.jsonl", "empty.jsonl is empty or"),
-        (f"--dataset {where}/emptyfolder", "emptyfolder"),
-        (f"--dataset {where}/notes.txt", "notes.txt is empty or not a"),
-        (f"--dataset {where}/noanswer.jsonl", "no usable problem"),
-        ("--max-prompt-tokens 1", "40 with a prompt over 1 tokens"),
-        ("--eval-every 2 --eval-dataset /no/such", "/no/such does not exist"),
-        ("--window 1", "--window is 1"), ("--lam 1.5", "--lam is 1.5"), ("--lam nan", "--lam is nan"),
-        ("--group-size 1", "--group-size is 1"), ("--temperature 0", "--temperature is 0.0"),
-        ("--top-p 0", "--top-p is 0.0"), ("--top-p 1.1", "--top-p is 1.1"), ("--lr -1", "--lr is -1.0"),
-        ("--steps 0", "--steps is 0"), ("--epochs 0", "--epochs is 0"),
-        ("--clip-high nan", "--clip-high is nan"), ("--weight-decay -1", "--weight-decay is -1.0"),
-        ("--eval-limit -1", "--eval-limit is -1"),
-        ("--minibatches 3", "--minibatches is 3: it must divide --prompts-per-step (128)"),
-        ("--device cuda", "--device is 'cuda'"), ("--device abacus", "--device is 'abacus'"),
-        ("--device meta", "--device is 'meta': it must be cpu or"),
-        ("--optimizer-device cuda --device cpu", "--optimizer-device is 'cuda': the run is on cpu"),
-        ("--cache-tokens 30", "the cache has room for 30 tokens"),
-        ("--resume", "nothing to resume"),
-        ("--resume --overwrite", "--overwrite is True: it contradicts --resume"),
-        (f"--out {where}/train.jsonl/run", "cannot be written"),
-    ]
+BAD_INPUTS = [
+    ("--model /no/such", "/no/such can be read neither"), ("--model no/thing", "no/thing can be read neither"),
+    ("--model {where}", "can be read neither"), ("--model {where}/t5", "is not a causal language model"),
+    ("--dataset /no/such", "/no/such can be read neither"), ("--dataset no/thing", "no/thing can be read neither"),
+    ("--dataset {where}/t5", "can be read neither"), ("--columns text,label", "has the columns problem, answer:"),
+    ("--dataset {where}/noanswer.jsonl", "no usable problem"), ("--max-prompt-tokens 1", "over 1 tokens"),
+    ("--eval-every 2 --eval-dataset /no/such", "--eval-every 0"), ("--window 1", "--window is 1: it must be"),
+    ("--lam nan", "--lam is nan"), ("--steps 0", "--steps is 0 and there is no --eval-dataset"),
+    ("--minibatches 3", "--minibatches must divide"), ("--device abacus", "--device is 'abacus'"),
+    ("--device cuda:99", "--device is 'cuda:99'"), ("--device meta", "it must be cpu or a CUDA device"),
+    ("--optimizer-device cuda --device cpu", "--optimizer-device must be"), ("--tracker wandb", "package wandb"),
+    ("--resume --overwrite", "--overwrite contradicts --resume"), ("--out {folder}/train.jsonl/x", "cannot be written"),
+    ("--out {folder}", "give another --out"), ("--reward no.py:score", "--reward is 'no.py:score'"),
+]
 
 
-def test_bad_input_gets_one_sentence_and_exit_code_2(folder, offline, capsys, monkeypatch):
+def test_bad_input_gets_one_sentence_and_exit_code_2(folder, tmp_path, offline, capsys, monkeypatch):
     """No traceback, no work done first, no run left behind."""
     for expensive in ("load_model", "build_demo"):
         monkeypatch.setattr(pipo, expensive, lambda *_: pytest.fail("expensive work before the check"))
-    good = f"--model {folder}/model --dataset {folder}/train.jsonl --eval-every 0 --out {folder}/never "
-    cases = [(good + flags, sentence) for flags, sentence in bad_inputs(folder)
-             if "cuda" not in sentence or not torch.cuda.is_available()]
-    cases += [(f"--dataset {folder}/train.jsonl", "--dataset is"), ("--eval-dataset a/b", "it needs --model"),
-              ("--warm-start 1.5", "--warm-start is 1.5")]
+    monkeypatch.setattr(pipo, "find_spec", lambda name: None)
+    (tmp_path / "noanswer.jsonl").write_text('{"problem": "x", "answer": ""}')
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    good = f"--model {folder}/model --dataset {folder}/train.jsonl --eval-every 0 --out {tmp_path}/never "
+    cases = [(good + flags, sentence) for flags, sentence in BAD_INPUTS]
+    cases += [("--dataset a/b", "needs --model"), ("--eval-dataset a/b", "needs --model"),
+              ("--model {folder}/model --reward r.py:f", "--dataset is missing: the data that --reward is made for"),
+              ("--steps 0 --eval-every 0 --out {where}/never", "--steps is 0")]
     for flags, sentence in cases:
-        code, said = pipo.main(flags.split()), capsys.readouterr().err.strip()
+        flags = flags.format(where=tmp_path, folder=folder).split()
+        code, said = pipo.main(flags), capsys.readouterr().err.strip()
         assert code == 2 and sentence in said and said.count("\n") == 0, (flags, said)
-    assert not any((folder / "never" / name).exists() for name in pipo.RUN_FILES)
+    assert not any((tmp_path / "never" / name).exists() for name in pipo.RUN_FILES)
     for flags in ("--no-such-flag", "--base ppo", "--steps many", "--temp 1"):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             pipo.main(flags.split())
-        assert stop.value.code == 2
 
 
-def test_the_script_itself_hands_on_the_exit_code():
-    """Guards against a script in a queue that takes a refused run for a finished one."""
-    run = subprocess.run(**own_process("pipo.py", "--window", "1"))
-    assert (run.returncode, run.stdout) == (2, "") and run.stderr.startswith("pipo: --window is 1")
+def test_what_is_not_given_depends_on_what_is(monkeypatch):
+    """Word problems, or a reward of one's own, were evaluated on MATH-500; adapters learned at a rate of 1e-6."""
+    monkeypatch.setattr(pipo, "find_spec", lambda name: True)
+    for changes, expected in [
+            ({}, (pipo.MATH[0], [pipo.MATH[1]], 1e-6)), (dict(eval_every=0), (pipo.MATH[0], [], 1e-6)),
+            (dict(dataset="mine"), ("mine", [], 1e-6)), (dict(dataset="mine", reward="r.py:f"), ("mine", [], 1e-6)),
+            (dict(eval_dataset="mine", lora=4), (pipo.MATH[0], ["mine"], 1e-4))]:
+        cfg = pipo.settled(Config(model="m", **changes))
+        assert (cfg.dataset, cfg.eval_dataset, cfg.lr) == expected
 
 
 def test_every_flag_is_explained_with_its_default_and_parsed(capsys, monkeypatch):
@@ -2833,32 +1964,57 @@ def test_every_flag_is_explained_with_its_default_and_parsed(capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit) as stop:
         pipo.parse(["--help"])
-    texts = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    texts, types = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:], get_type_hints(Config)
     said = {text.split()[0]: " ".join(text.split()) for text in texts}
-    assert stop.value.code == 0 and set(said) == {pipo.flag(f.name) for f in fields(Config)}
+    assert stop.value.code == 0 and [*said] == [pipo.flag(f.name) for f in fields(Config)] and len(said) <= 46
     assert pipo.parse([]) == Config(**pipo.DEMO) and pipo.parse(["--model", "x"]) == Config(model="x")
     for f in fields(Config):
-        kind, help, choices = TYPES[f.name], f.metadata["help"], f.metadata["choices"]
+        kind, help, choices = types[f.name], f.metadata["help"], f.metadata["choices"]
         _, found, behind = said[pipo.flag(f.name)].partition(help)
         assert found and len(help) > 5
-        if f.default is None:
-            assert "(default: " in help  # what a blank comes to
-        elif kind is not bool and f.default != "":
-            assert behind.startswith(f" (default: {' '.join(str(f.default).split())})")
+        assert kind not in (int, float) or not f.default or behind.startswith(f" (default: {f.default})")
         value = choices[-1] if choices else {int: 7, float: 0.25, str: "any", bool: True, list[str]: ["any"]}[kind]
         words = [] if kind is bool else value if kind == list[str] else [str(value)]
-        given = getattr(pipo.parse([pipo.flag(f.name), *words]), f.name)
-        assert given == value and isinstance(given, get_origin(kind) or kind)
+        given = [pipo.flag(f.name), *words], [f"--{f.name}", *words], [f"--{f.name}={value}"]
+        for words in given if kind in (int, float) else given[:2]:
+            assert getattr(pipo.parse(words), f.name) == value
+
+
+MAX_CODE_LINES = 1480
+MAX_LINES = 2200
+
+
+def test_the_file_stays_short():
+    """A reference grows until nobody reads it. Without comments, docstrings and blank lines, and in all."""
+    source, lines, statement = (HERE / "pipo.py").read_text(), set(), []
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        statement += [token] * (token.type not in blank)
+        if token.type == tokenize.NEWLINE:
+            if statement[0].type != tokenize.STRING:  # a docstring
+                lines.update(*(range(part.start[0], part.end[0] + 1) for part in statement))
+            statement = []
+    assert len(lines) <= MAX_CODE_LINES and source.count("\n") <= MAX_LINES
+    tree = list(ast.walk(ast.parse(source)))
+    long = [node.name for node in tree if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50]
+    assert not long and not any(isinstance(node, ast.Assert) for node in tree)  # python -O leaves them out
 
 
 # ------------------------------------------------------------------------------------------------------------
-# README. Its commands, its tables and the pieces it says can be copied; the figures behind them.
+# README. It and assets/usage.md: commands, links, tables, pieces to copy; the figures behind them.
 # ------------------------------------------------------------------------------------------------------------
 
+USAGE = HERE / "assets" / "usage.md"
 
-def readme_section(title):
-    """What stands under a heading of the README."""
-    return README.read_text().split(f"## {title}")[1].split("\n## ")[0]
+
+def section_of(path, title):
+    """What stands under a heading of a page."""
+    return path.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_rows(text):
+    """The rows of all tables in a text, headers among them, as lists of cells."""
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*$", text, re.MULTILINE)]
 
 
 def experiment(*arguments):
@@ -2866,49 +2022,84 @@ def experiment(*arguments):
     return subprocess.run(**own_process("assets/experiment.py", *arguments))
 
 
-def test_the_readmes_reward_for_countdown(folder, tmp_path):
+def test_the_readme_is_short_and_links_to_what_exists():
+    """Guards against a page that nobody reads to its end, and against dead links, anchors and make targets."""
+    assert len(README.read_text().split()) <= 1700
+    targets = set(re.findall(r"^([a-z-]+):", (HERE / "Makefile").read_text(), re.MULTILINE))
+    for page in (README, USAGE):
+        text = page.read_text()
+        assert set(re.findall(r"\bmake (?!up\b)([a-z-]+)", text.replace("\n", " "))) <= targets
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)", text):
+            file = page.parent / path if path else page
+            assert file.exists(), path
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else [""]
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
+
+
+def test_the_commands_shown_parse():
+    """README and code drift apart: every command and flag shown must be one that the program takes."""
+    text = (README.read_text() + USAGE.read_text()).replace("\\\n", " ")
+    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", text, flags=re.MULTILINE)
+    assert len([pipo.settled(pipo.parse(line.split())) for line in commands]) >= 3
+    flags = {pipo.flag(f.name) for f in fields(Config)} | {"--help"}
+    flags |= {"--config_file", "--into", "--costs"}  # accelerate's, the experiment's, the benchmark's
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags
+
+
+def test_the_reward_for_countdown(folder, tmp_path):
     """Each number once, no power towers to hang on, nothing but arithmetic is evaluated; and a run takes it."""
-    block, = (b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "def score" in b)
+    block, = re.findall(r"```python\n(.*?)```", section_of(USAGE, "A reward of your own"), re.DOTALL)
     (tmp_path / "countdown.py").write_text(block)
     score, row = pipo.load_reward(f"{tmp_path}/countdown.py:score"), {"numbers": [2, 3, 4], "target": 24}
     assert [score(rf"so \boxed{{{sum_}}}", "", row) for sum_ in ("2*3*4", "(4*3)*2", "4*3 / (1/2)")] == [1, 1, 0]
     for wrong in ("2*12", "2**3*4", "2*3+4", "2 3 4", "2//3*4", "4*3*2)", "4/(3-3)", "__import__('os')"):
         assert score(rf"\boxed{{{wrong}}}", "", row) == 0.0
-    rows = [{"problem": letters, "numbers": [1, 2], "target": 3} for letters in ("ab", "cd", "ef", "gh")]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cfg = settings(folder, tmp_path / "run", dataset=str(tmp_path / "train.jsonl"), steps=1,
-                   reward=f"{tmp_path}/countdown.py:score")
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"problem": text, "numbers": [1, 2], "target": 3}) for text in ("ab", "cd")))
+    cfg = settings(folder, tmp_path / "run", dataset=data, steps=1, reward=f"{tmp_path}/countdown.py:score")
     assert pipo.train(cfg)[0]["mu"] == 0.0
 
 
-def test_the_readme_commands_parse():
-    """README and code drift apart: every command shown must be one that the program takes."""
-    commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", README.read_text(), flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for line in commands:
-        if "--help" not in line:
-            pipo.validate(pipo.parse(line.split()))
+def test_the_glossary_names_every_metric(folder, tmp_path, graded_by_coin):
+    """Guards against a column that nobody can look up, and against one that is no more."""
+    told = " ".join(row[0] for row in table_rows(section_of(USAGE, "Metrics"))).replace("<set>", "*")
+    told = [re.escape(name).replace(r"\*", ".*") for name in re.findall(r"`(\S+)`", told)]
+    rows = pipo.train(settings(folder, tmp_path / "r", eval_every=3, kl_coef=0.1, eval_dataset=folder / "train.jsonl"))
+    names = {name for row in rows for name in row} | {"grader_unparsed"}
+    assert all(any(re.fullmatch(one, name) for one in told) for name in names), names
+    assert all(any(re.fullmatch(one, name) for name in names) for one in told), told
 
 
 def test_results_come_from_the_packed_runs_and_the_readme_from_the_results(tmp_path):
     """Guards against a table that nobody can make again, and a README that was not changed with it."""
-    for pack in (HERE / "assets").glob("runs-*.jsonl.gz"):
-        shutil.copy(pack, tmp_path)
-    assert experiment("table", "--into", tmp_path).returncode == 0
+    [shutil.copy(pack, tmp_path) for pack in (HERE / "assets").glob("runs-*.jsonl.gz")]
     results = (HERE / "assets" / "results.md").read_text()
+    assert experiment("table", "--into", tmp_path).returncode == 0
     assert (tmp_path / "results.md").read_text() == results
-    rows = [line for line in readme_section("Results").splitlines() if line.startswith("| ") and "±" in line]
-    assert len(rows) >= 6 and all(row in results for row in rows)
+    brought, known = section_of(README, "What looking back brought"), set()
+    for part in re.split(r"\n(?=\*\*)", results):
+        heads, *found = [row for row in table_rows(part.partition("\n## ")[0]) if "---" not in row[0]] or [[]]
+        if part.startswith(f"**{brought.split('**')[1]}**"):
+            known |= {(row[0], head, cell) for row in found for head, cell in zip(heads, row)}
+    if "condition | arm" in results:  # the table of momentum: a condition and an arm a row
+        known |= {(row[1], row[0], row[3]) for row in table_rows(results.split("condition | arm")[1]) if len(row) > 3}
+    heads, _, *rows = table_rows(brought)
+    cells = {(row[0], head, cell) for row in rows for head, cell in zip(heads[1:], row[1:]) if cell != "–"}
+    assert len(cells) >= 15 and cells <= known, cells - known
 
 
-def test_the_readme_says_what_was_measured():
-    """Guards against a README with the speed of an older pipo.py, or of the rows that look best."""
-    speed = readme_section("Speed and memory")
-    measured = json.loads((HERE / "assets" / "bench.json").read_text())
+def test_costs_and_speed_are_those_kept():
+    """Guards against costs that differ on the two pages, and the speed of an older pipo.py or of the best row."""
+    costs = {row[0]: row for row in table_rows(section_of(USAGE, "Costs"))}
+    for card, flags, host, minutes, hours in table_rows(section_of(README, "One GPU"))[2:]:
+        row = costs[": ".join(card.split(", ")[::-1])]
+        assert (flags, hours) == (row[1], row[5])
+        assert float(minutes) == pytest.approx(float(row[3]) + 2 * float(row[4]), abs=0.5)
+        assert host in ("none", f"{float(costs['AdamW: fp32 weights and moments, and a buffer'][2]):.0f} GiB")
+    told, measured = section_of(USAGE, "Speed"), json.loads((HERE / "assets" / "bench.json").read_text())
     rows = [row for processor in measured.values() for row in processor["rows"].values()]
-    told = set(re.findall(r"[0-9.]*[0-9]", speed))
     for ratio in [ratio for row in rows for ratio in row.get("ratios", [row.get("ratio")])]:
-        assert {f"{ratio:.1f}", f"{ratio:.2f}"} & told, ratio
+        assert {f"{ratio:.1f}", f"{ratio:.2f}"} & set(re.findall(r"[0-9.]*[0-9]", told)), ratio
 
 
 def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
@@ -2916,10 +2107,56 @@ def test_plots_of_ones_own_runs(folder, tmp_path, graded_by_coin):
     pipo.train(settings(folder, tmp_path / "run"))
     done = experiment("plot", tmp_path / "run", "--into", tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("pipo-curves.png", "pipo-inside.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
+    assert min((tmp_path / f"pipo-{name}.png").stat().st_size for name in ("curves", "inside")) > 10_000
     wrong = experiment("plot", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "holds no step" in wrong.stderr
+
+
+def copied(names, imports):
+    """A module that holds nothing but these definitions of pipo.py and these imports."""
+    source, space = (HERE / "pipo.py").read_text(), {"__name__": "copied"}
+    exec("import torch; import torch.nn.functional as F; from torch import Tensor", space)
+    for module, _, attribute in (name.rpartition(".") for name in imports if name != "torch"):
+        exec(f"from {module} import {attribute}" if module else f"import {attribute}", space)
+    for node in ast.parse(source).body:
+        named = {getattr(target, "id", "") for target in getattr(node, "targets", [])}
+        if (named | {getattr(node, "name", "")}) & set(names):
+            first = min([node.lineno, *(line.lineno for line in getattr(node, "decorator_list", []))]) - 1
+            exec("\n".join(source.splitlines()[first:node.end_lineno]), space)
+    return space
+
+
+def test_pieces_can_be_copied_as_said():
+    """Guards against a helper or an import that usage.md's table forgot, and one from another section."""
+    part, defined, used = section_of(USAGE, "Copying pieces"), {}, {}
+    lines = Path(pipo.__file__).read_text().splitlines()
+    banners = [i for i, line in enumerate(lines, 1) if line.startswith("# ---") and lines[i].startswith("# ")]
+    for node in ast.parse("\n".join(lines)).body:
+        section = lines[max(i for i in (0, *banners) if i < node.lineno)].split(".")[0]
+        for target in (node, *getattr(node, "targets", ())):
+            defined.setdefault(getattr(target, "name", getattr(target, "id", None)), section)
+        loads = [x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)]
+        used.setdefault(section, set()).update(x.id for x in loads)
+    for section in ("# Sampling", "# Verifying"):
+        others = {name for name in used[section] - {"draw"} if defined.get(name, section) != section}  # a local one
+        assert all(f"`{name}`" in part for name in others), others
+    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in row] for row in table_rows(part)]
+    pieces = {row[0][0]: copied(row[0] + row[1], row[2])[row[0][0]] for row in rows if row[0]}
+    named = re.findall(r"`(\w+)`", README.read_text().split("can be [copied]")[0].split("```")[-1])
+    assert {*named} == {*pieces, "sample", "verify"}
+    rewards, tracker = torch.tensor([[1.0, 0, 0, 1]]), pieces["ImprovementTracker"](2)
+    advantages = group_advantages(rewards)
+    assert torch.equal(pieces["group_advantages"](rewards), advantages)
+    assert torch.equal(pieces["improvement_rewards"](advantages, 2.0), improvement_rewards(advantages, 2.0))
+    assert tracker.push(0.1) is tracker.push(0.2) is None is not tracker.feedback(0.3)
+    assert pieces["policy_loss"](*random_rows())[0] == policy_loss(*random_rows())[0]
+    given = tiny_model(), [[3, 4]], torch.tensor([[5, 6]]), torch.ones(1, 2)
+    assert torch.equal(pieces["token_logprobs"](*given), token_logprobs(*given))
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = pieces["MasterAdamW"]([weight], "cpu", lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    assert (weight < 1).all()
 
 
 @pytest.fixture
@@ -2930,178 +2167,32 @@ def on_paper(monkeypatch):
     return experiment
 
 
-def test_a_steady_rise_has_the_same_xi_however_fast_it_is(on_paper):
-    """On steady progress PIPO is a constant replay. By the tracker itself."""
-    for K in (4, 8, 16):
-        for pace in (1e-4, 0.03):
-            tracker = pipo.ImprovementTracker(K)
-            for i in range(K):
-                tracker.push(0.2 + pace * i)
-            assert tracker.feedback(0.2 + pace * K).xi == pytest.approx(on_paper.perfect_xi(K), rel=1e-6)
-
-
-def test_the_noise_of_a_mean_reward_by_drawing_prompts_and_samples(on_paper):
-    """Plain, held against rates known, and against rates from earlier samples or of a class."""
-    random, Q, G, n = np.random.default_rng(0), 16, 8, 40_000
-    centre = random.choice([0.2, 0.5, 0.8], (n, Q))  # of the class
-    p = centre + random.choice([-0.1, 0.1], (n, Q))
-    between, within, explained = 0.06 + 0.01, np.mean(p * (1 - p)), 0.06 / 0.07
-    mean = random.binomial(G, p) / G
-    earlier = random.binomial(4, p) / 4
-    for measured, formula in (
-            (mean, on_paper.reward_variance(between, within, Q, G)),
-            (mean - p, on_paper.paired_variance(between, within, Q, G)),
-            (mean - earlier, on_paper.paired_variance(between, within, Q, G, earlier=4)),
-            (mean - centre, on_paper.paired_variance(between, within, Q, G, explained=explained))):
-        assert measured.mean(1).var() == pytest.approx(formula, rel=0.05)
-
-
-def test_how_much_xi_knows_by_simulating_runs(on_paper):
-    """The numerator as the formula says; xi itself within 0.03 of it where noise prevails, 0.06 where it is even."""
-    random, n = np.random.default_rng(0), 100_000
-    for K in (8, 16):
-        for step in (0.1, 0.3, 1.0):  # in standard deviations of the noise
-            changes = step * (0.3 + random.standard_normal((n, K + 1)))  # with a steady part
-            mu = changes.cumsum(1) + random.standard_normal((n, K + 1))
-            gap, formula = mu[:, K] - mu[:, :K].mean(1), on_paper.xi_correlation(step, 1.0, K)
-            assert np.corrcoef(gap, changes[:, K])[0, 1] == pytest.approx(formula, abs=0.01)
-            xi = gap / mu[:, :K].std(1, ddof=1)
-            assert np.corrcoef(xi, changes[:, K])[0, 1] == pytest.approx(formula, abs=0.03 if step < 1 else 0.06)
-    needed = on_paper.prompts_needed(0.4, 0.01, 0.1, 0.1, 8, 8)
-    variance = on_paper.reward_variance(0.1, 0.1, needed, 8)
-    assert on_paper.xi_correlation(0.01, variance, 8) == pytest.approx(0.4)
-    assert on_paper.prompts_needed(0.6, 0.01, 0.1, 0.1, 8, 8) == math.inf  # its numerator cannot reach 0.57 at K = 8
-
-
-def test_pairing_takes_out_the_luck_of_the_draw(on_paper):
-    """Three easy prompts drawn for one hard: mu says 0.7, the policy's rate is 0.5, and 0.6 after each rose by 0.1."""
-    pairing = on_paper.Paired(("easy", "hard"))
-    for _ in range(60):
-        pairing([0.9, 0.1], ["easy", "hard"])
-    assert pairing([0.9, 0.9, 0.9, 0.1], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.5, abs=0.01)
-    assert pairing([1.0, 1.0, 1.0, 0.2], ["easy", "easy", "easy", "hard"]) == pytest.approx(0.6, abs=0.02)
-
-
-def test_what_follows_a_harm_by_hand(on_paper):
-    """Guards against rows off by one, and a harm that is charged with the next one's fall."""
-    J = [0.5] * 12 + [0.5, 0.47, 0.46, 0.5, 0.51, 0.51, 0.3, 0.3]  # harms at rows 12 and 17
-    xi = [None] * 9 + [1.0, 2.0, 3.0, 1.5, -1.0, -2.0, 0.0, 0.0, 0.0, -3.0, -3.0]
-    columns = {"J": J, "xi": xi, "harm": [int(t in (12, 17)) for t in range(20)]}
-    run = dict(arm="pipo", seed=0, failed=None, rows=20, columns=columns)
-    first, = on_paper.aftermath(run)  # of the second too little is known
-    assert first[:6] == pytest.approx([0, -3, -4, 0, 1, 1]) and np.isnan(first[6:]).all()
-    after, free = on_paper.told_apart([run], 1)
-    assert after.tolist() == [-1.0, -3.0] and free.tolist() == [1.0, 2.0, 3.0, 1.5]
-    report = on_paper.harm_report([run])["pipo"]
-    assert (report["lost"], report["back"], report["area_1"]) == (pytest.approx(4), 3, 1.0)
-
-
-def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
-    """The experiment's wrappers around an iteration that only records what it was given."""
-    rewards, seen = torch.tensor([[1.0, 0.0]]), []
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    run = pipo.Run(model, None, optimizer, pipo.ImprovementTracker(2))
-
-    def iteration(run, problems, cfg):
-        run.step += 1
-        seen.append((pipo.group_advantages(rewards)[0, 0].item(), cfg.lr, model.weight.item()))
-        model.weight.grad = torch.ones(1, 1)
+def three_weights():
+    """Three weights after ten AdamW steps along a direction, and that direction."""
+    direction, model = torch.tensor([3.0, -1.0, 0.5]), torch.nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, fused=True)
+    for _ in range(10):
+        model.weight.grad = -direction[None]
         optimizer.step()
-        run.tracker.push(0.0)
-        return None, {"xi": next(xis)}
-
-    cfg = pipo.Config(lr=1.0)
-    xis = iter([None, None, None, 0.5, -3.0, 0.0])
-    for kind in ("inverted", "tenfold"):
-        run.step = 0
-        on_paper.sabotaged(iteration, kind, [1])(run, [], cfg)
-    assert [(advantage > 0, lr) for advantage, lr, _ in seen] == [(False, 1.0), (True, 10.0)]
-    assert pipo.group_advantages(rewards)[0, 0] > 0  # nothing stays changed
-    seen.clear()
-    rolling = on_paper.rolling_back(iteration, -2.0)
-    rows = [rolling(run, [], cfg)[1] for _ in range(4)]
-    assert [row["rolled_back"] for row in rows] == [0, 0, 1, 0]
-    assert seen[3][2] == seen[1][2] != seen[2][2]  # as before the step that the third iteration judged
-    told = on_paper.telling(run.tracker)
-    told["mu"] = 7.0
-    run.tracker.push(0.0)
-    assert run.tracker.history[-1] == 7.0
+    return model, optimizer, direction
 
 
-def test_gradient_distortion_against_monte_carlo_on_a_softmax_bandit(monkeypatch):
-    """The mean GRPO gradient of a two-armed bandit over that of p. Guards against a mixed-up conditioning."""
-    monkeypatch.syspath_prepend(HERE / "assets")
-    from experiment import gradient_distortion
-    torch.manual_seed(0)
-    p, G, n = 0.1, 8, 400_000
-    rewards = (torch.rand(n, G) < p).float()
-    spread = rewards.std(1, correction=0, keepdim=True)
-    advantages = torch.where(spread > 0, (rewards - rewards.mean(1, keepdim=True)) / spread, 0.0)
-    score = rewards - p  # d log pi(arm) / d logit
-    gradient, mixed = (advantages * score).mean(1), (spread > 0).squeeze(1)
-    for estimate, conditional in ((gradient, False), (gradient[mixed], True)):
-        eta, error = estimate.mean() / (p * (1 - p)), estimate.std() / len(estimate) ** 0.5 / (p * (1 - p))
-        assert abs(eta - gradient_distortion(p, G, conditional)) < 4 * error < 0.05
-    for p, conditional, value in [(0.1, True, 4.09), (0.01, True, 33.8), (0.001, True, 331),
-                                  (0.5, True, 1.87), (0.1, False, 2.33), (0.01, False, 2.61)]:
-        assert math.isclose(gradient_distortion(p, 8, conditional), value, rel_tol=4e-3)
-    assert math.isclose(gradient_distortion(1e-9, 8), math.sqrt(7), rel_tol=1e-6)
+def test_a_small_step_back_by_hand(on_paper):
+    """AdamW's mean of gradients m decides: m = 0.9 m + 0.1 g still points forward where g is a small step back."""
+    def moved(optimizer, coefficient):
+        before = model.weight.detach().clone()
+        model.weight.grad = -coefficient * direction[None]
+        optimizer.step()
+        return ((model.weight - before).detach() * direction).sign().squeeze().tolist()
 
-
-def copied(names, imports):
-    """A module that holds nothing but these definitions of pipo.py and these imports."""
-    source, space = (HERE / "pipo.py").read_text(), {"__name__": "copied"}
-    for name in imports:
-        if name == "torch":  # with what everybody imports from it
-            exec("import torch; import torch.nn.functional as F; from torch import Tensor", space)
-        else:
-            module, _, attribute = name.rpartition(".")
-            exec(f"from {module} import {attribute}" if module else f"import {name}", space)
-    for node in ast.parse(source).body:
-        named = {getattr(target, "id", "") for target in [*getattr(node, "targets", []), node]}
-        if (named | {getattr(node, "name", "")}) & set(names):
-            decorators = [line.lineno for line in getattr(node, "decorator_list", [])]
-            first = min([node.lineno, *decorators]) - 1
-            exec("\n".join(source.splitlines()[first:node.end_lineno]), space)
-    return space
-
-
-def test_sections_can_be_copied_as_the_readme_says():
-    """Guards against a helper from another section that the README does not name."""
-    text, defined, used = " ".join(readme_section("Copying pieces").split()), {}, {}
-    lines = Path(pipo.__file__).read_text().splitlines()
-    banners = [i for i, line in enumerate(lines, 1) if line.startswith("# ---") and lines[i].startswith("# ")]
-    for node in ast.parse("\n".join(lines)).body:
-        section = lines[max(i for i in (0, *banners) if i < node.lineno)].split(".")[0]
-        for target in (node, *getattr(node, "targets", ())):
-            defined.setdefault(getattr(target, "name", getattr(target, "id", None)), section)
-        loads = [x for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)]
-        used.setdefault(section, set()).update(x.id for x in loads)
-    for section in ("# Sampling", "# Verifying"):
-        local = {"values", "joined", "Problem"}  # variables of the same name; an annotation
-        others = {name for name in used[section] - local if defined.get(name, section) != section}
-        assert all(f"`{name}`" in text for name in others), others
-
-
-def test_pieces_can_be_copied_as_the_readme_says():
-    """Guards against a helper or an import that the README's table of pieces forgot."""
-    lines = readme_section("Copying pieces").splitlines()
-    rows = [[re.findall(r"`([\w.]+)`", cell) for cell in line.split("|")[1:4]] for line in lines]
-    rows = [row for row in rows if len(row) == 3 and row[0]]
-    pieces = {piece: copied([piece] + beside, imports)[piece] for (piece, *_), beside, imports in rows}
-    assert len(pieces) >= 6
-    advantages = pieces["group_advantages"](torch.tensor([[1.0, 0, 0, 1]]))
-    assert torch.equal(advantages, group_advantages(torch.tensor([[1.0, 0, 0, 1]])))
-    assert torch.equal(pieces["improvement_rewards"](advantages, 2.0), improvement_rewards(advantages, 2.0))
-    tracker = pieces["ImprovementTracker"](2)
-    tracker.push(0.1), tracker.push(0.2)
-    assert tracker.feedback(0.3).xi > 0
-    assert pieces["policy_loss"](*random_rows())[0] == policy_loss(*random_rows())[0]
-    given = tiny_model(), [[3, 4]], torch.tensor([[5, 6]]), torch.ones(1, 2)
-    assert torch.equal(pieces["token_logprobs"](*given), token_logprobs(*given))
-    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = pieces["MasterAdamW"]([weight], "cpu", lr=0.1)
-    weight.sum().backward()
-    optimizer.step()
-    assert (weight < 1).all()
+    model, shared, direction = three_weights()
+    assert moved(shared, -0.1) == [1.0, 1.0, 1.0]  # forward, every weight: m is 0.58 of the whole gradient
+    model, shared, direction = three_weights()
+    assert moved(shared, -6.0) == [-1.0, -1.0, -1.0]  # 0.9 * 0.65 - 0.1 * 6 < 0
+    model, shared, direction = three_weights()
+    mean = shared.state[model.weight]["exp_avg"].clone()
+    with on_paper.without_momentum(shared):
+        assert moved(shared, -0.1) == [-1.0, -1.0, -1.0]
+    assert shared.state[model.weight]["exp_avg"].equal(mean) and shared.state[model.weight]["step"] == 11
+    assert [group["betas"] for group in shared.param_groups] == [(0.9, 0.999)]
+    assert moved(torch.optim.AdamW(model.parameters(), 0.01), -0.1) == [-1.0, -1.0, -1.0]  # moments of its own
