@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +73,20 @@ KNOBS = {  # of the paper and of its first version
     "pipo-v1": dict(feedback="pipo", lam=0.0, xi_clip=0.5),
     "pipo-v1-lam1": dict(feedback="pipo", lam=1.0, xi_clip=0.5),
 }
+# Is the second step its own momentum? Both of PIPO's steps share one AdamW, so that the second is first of all
+# another step along the mean of the gradients before. The factors are its learning rate's, over --lr, chosen by
+# the table of "rates": a step without momentum is a larger one.
+FACTORS = (1.0, 0.3, 0.1)
+OWN_FACTOR, B0_FACTOR = 1.0, 1.0
+KINDS = {"own": dict(second="own moments", pi_factor=OWN_FACTOR), "b0": dict(second="beta1 0", pi_factor=B0_FACTOR)}
+BACK = {f"{arm}-{kind}{end}": ARMS[arm + end] | own for kind, own in KINDS.items()
+        for arm, end in (("pipo", ""), ("constant", ""), ("pipo", "-lam1"))}
+MOMENTUM = {
+    "grpo": ARMS["grpo"],
+    **{arm: ARMS[arm] | dict(second="adamw") for arm in ("pipo", "constant")},
+    "tick": ARMS["pipo"] | dict(second="tick"),
+    "tick-always": ARMS["pipo"] | dict(second="tick always"),
+} | BACK
 WATCHED = {  # where updates do harm
     **{arm: ARMS[arm] for arm in ("grpo", "pipo", "pipo-lam1", "constant", "shuffled")},
     "oracle": ORACLES["oracle"],
@@ -98,8 +112,14 @@ CONDITIONS = {
     "inverted": (dict(lr=SAFE_LR, sabotage="inverted", measured=256), WATCHED),
     "tenfold": (dict(lr=SAFE_LR, sabotage="tenfold", measured=256), WATCHED),
     "mixed": (dict(lr=SAFE_LR, task="mixed", max_new_tokens=64), MIXED),
+    "rates": (dict(lr=SAFE_LR), {f"pipo-{kind}-x{factor:g}": ARMS["pipo"] | own | dict(pi_factor=factor)
+                                 for kind, own in KINDS.items() for factor in FACTORS}),
+    "momentum": (dict(lr=SAFE_LR), MOMENTUM),
+    "momentum-edge": (dict(lr=EDGE_LR), MOMENTUM),
+    **{f"momentum-{kind}": (dict(lr=SAFE_LR, sabotage=kind, measured=256), MOMENTUM)
+       for kind in ("inverted", "tenfold")},
 }
-OTHER_SEEDS = {"sweep": range(SWEEP_SEEDS), "again": range(SEEDS, 2 * SEEDS)}  # all others have range(SEEDS)
+OTHER_SEEDS = {"sweep": range(SWEEP_SEEDS), "rates": range(SWEEP_SEEDS), "again": range(SEEDS, 2 * SEEDS)}  # all others have range(SEEDS)
 
 
 def wanted(args) -> list[dict]:
@@ -123,9 +143,14 @@ def wanted(args) -> list[dict]:
 #   sabotage  at a tenth of the steps exploration does harm: "inverted" advantages, or "tenfold" learning rate
 #   roll_back below this xi, the weights and moments of the step before come back
 #   task      "mixed": additions of one to five digits in place of the demo's
+#   second    the verification step: "adamw", pipo's own, watched; "tick": the gradient is zero, the step is taken;
+#             "tick always": from the first full window on, whatever phi; "own moments": by an AdamW of its own;
+#             "beta1 0": along the gradient in place of the mean of gradients
+#   pi_factor its learning rate over --lr
+#   optimizer "sgd": both steps are plain gradient descent
 # ------------------------------------------------------------------------------------------------------------
 
-VARIANTS = ("told", "measured", "sabotage", "roll_back", "task")
+VARIANTS = ("told", "measured", "sabotage", "roll_back", "task", "second", "pi_factor", "optimizer")
 
 
 def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True) -> float:
@@ -237,7 +262,7 @@ def sabotaged(iteration, kind: str, harmful: list[int]):
         if harm and kind == "inverted":
             pipo.group_advantages = lambda *given: -advantages(*given)
         elif harm:
-            cfg = pipo.replace(cfg, lr=10 * cfg.lr, pi_lr=cfg.lr)
+            cfg = pipo.replace(cfg, lr=10 * cfg.lr, pi_lr=cfg.pi_lr or cfg.lr)
         batch, row = iteration(run, problems, cfg)
         pipo.group_advantages = advantages
         return batch, row | {"harm": int(harm)}
@@ -269,9 +294,141 @@ def rolling_back(iteration, below: float):
     return wrapped
 
 
+def favour(model, batch, cfg) -> float:
+    """How far the policy favours a batch's better samples: the mean of a_i times a token's log-probability.
+
+    a_i is A_i scaled to a mean size of 1, and a sample's tokens are averaged first: the direction in which GRPO's
+    gradient on the batch points, whatever phi.
+    """
+    import pipo
+    import torch
+    weights = pipo.improvement_rewards(batch.advantages, 1.0).flatten()  # (N,)
+    rows = weights.nonzero().flatten()  # (n,) those of mixed groups
+    prompts, mask = [batch.prompts[i] for i in rows.tolist()], batch.mask[rows]
+    with torch.no_grad():
+        logprobs = pipo.token_logprobs(model, prompts, batch.tokens[rows], mask, cfg.temperature)  # (n, T)
+    return float((weights[rows] * logprobs.sum(1) / mask.sum(1).clamp(min=1)).sum() / len(weights))
+
+
+def tick(optimizer, lr: float) -> None:
+    """An optimizer step with a gradient of zero: moments decay, weights move along them and decay."""
+    import torch
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def without_momentum(optimizer):
+    """AdamW's steps go along the gradient g in place of the mean of gradients m.
+
+    m is left as it was. v, and the count of steps in the bias corrections, go on as ever: m's is then a little
+    too near 1 at first, by 6 % at the tenth step.
+    """
+    betas = [group["betas"] for group in optimizer.param_groups]
+    means = {weight: moments["exp_avg"].clone() for weight, moments in optimizer.state.items()}
+    for group in optimizer.param_groups:
+        group["betas"] = 0.0, group["betas"][1]
+    yield
+    for group, own in zip(optimizer.param_groups, betas):
+        group["betas"] = own
+    for weight, mean in means.items():
+        optimizer.state[weight]["exp_avg"].copy_(mean)
+
+
+@contextmanager
+def undone(model, optimizer):
+    """What is done to weights and moments meanwhile is taken back."""
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    yield
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+
+
+def second_step(iteration, kind: str):
+    """An iteration with another verification step; where phi < 0, with what that did, too.
+
+    `pi_gain` is the change of B_{t-1}'s favour by the step, `tick_gain` that by a tick of the same optimizer in its
+    place. The time it takes to measure them is left out of the row's seconds.
+    """
+    import pipo
+    import torch
+    update, own = pipo.update, []
+
+    def wrapped(run, problems, cfg):
+        lr, row, taken = cfg.pi_lr or cfg.lr, dict(pi_gain=None, tick_gain=None, watching=0.0), []
+        if kind == "own moments" and not own:
+            weights = run.optimizer.param_groups[0]["params"]
+            own.append(torch.optim.AdamW(weights, lr, weight_decay=cfg.weight_decay, fused=True))
+        optimizer = own[0] if own else run.optimizer
+        momentum = without_momentum if kind == "beta1 0" else nullcontext
+
+        def favoured(before=0.0):
+            return favour(run.model, run.previous, cfg) - before
+
+        def verify(*given, **options):
+            taken.append(True)
+            with momentum(optimizer):
+                if kind.startswith("tick"):
+                    return tick(optimizer, lr) or {}
+                return update(run.model, optimizer, run.previous, *given, **options)
+
+        def watched(coefficients, *given, **options):
+            if (coefficients * run.previous.advantages).sum() >= 0:  # phi > 0
+                return verify(coefficients, *given, **options)
+            clock = [pipo.time.perf_counter()]
+            before = favoured()
+            with undone(run.model, optimizer), momentum(optimizer):
+                tick(optimizer, lr)
+                row["tick_gain"] = favoured(before)
+            clock.append(pipo.time.perf_counter())
+            metrics = verify(coefficients, *given, **options)
+            clock.append(pipo.time.perf_counter())
+            row["pi_gain"] = favoured(before)
+            clock.append(pipo.time.perf_counter())
+            row["watching"] = clock[1] - clock[0] + clock[3] - clock[2]
+            return metrics
+
+        def chosen(model, optimizer, batch, *given, **options):
+            if batch is run.previous:
+                return watched(*given, **options)
+            if kind == "tick always" and run.tracker.full and not taken:
+                verify()
+            return update(model, optimizer, batch, *given, **options)
+
+        pipo.update = chosen
+        try:
+            batch, found = iteration(run, problems, cfg)
+        finally:
+            pipo.update = update
+        found["seconds_verification"] -= row.pop("watching")
+        return batch, found | row
+
+    return wrapped
+
+
+def descending(iteration):
+    """An iteration whose steps are plain gradient descent, without momentum, scaling or decay."""
+    import torch
+
+    def wrapped(run, problems, cfg):
+        if not isinstance(run.optimizer, torch.optim.SGD):
+            run.optimizer = torch.optim.SGD(run.optimizer.param_groups[0]["params"], cfg.lr)
+        return iteration(run, problems, cfg)
+
+    return wrapped
+
+
 def with_variants(iteration, settings: dict, seed: int, folder: Path):
     """pipo.iteration with what the settings of a run change of it; the outermost wrapper comes last."""
     import pipo
+    if settings.get("second"):
+        iteration = second_step(iteration, settings["second"])
+    if settings.get("optimizer") == "sgd":
+        iteration = descending(iteration)
     if settings.get("sabotage"):
         iteration = sabotaged(iteration, settings["sabotage"], harmful_steps(seed, settings["steps"]))
     if settings.get("told") == "paired":
@@ -377,6 +534,8 @@ def perform(job: dict, runs: Path, start: str) -> dict:
     held_out = "probe.jsonl" if job["condition"] == "probe" else "eval.jsonl"
     settings, folder = job["settings"], task_folder(runs, job["settings"])
     own = {name: value for name, value in settings.items() if name not in VARIANTS}
+    if "pi_factor" in settings:
+        own["pi_lr"] = settings["pi_factor"] * settings["lr"]
     cfg = pipo.Config(**pipo.DEMO | own | dict(
         model=str(folder / "start"), dataset=str(folder / "train.jsonl"),
         eval_dataset=[str(folder / held_out)], instruction="", seed=job["seed"], device="cpu",
@@ -511,8 +670,12 @@ MEASURES = {"end": "final pass@1 (%)", "best": "best (%)", "auc": "mean over the
             "spikes": "gradient spikes", "length": "final tokens"}
 # Compared in pairs beside each arm with the first.
 PAIRS = (("pipo", "constant"), ("pipo", "shuffled"), ("pipo-paired", "pipo"), ("oracle", "pipo"),
-         ("oracle", "constant"), ("oracle", "constant-1.84"), ("roll-back", "pipo"))
+         ("oracle", "constant"), ("oracle", "constant-1.84"), ("roll-back", "pipo"),
+         ("pipo", "tick"), ("constant", "tick"), ("tick-always", "tick"), ("pipo-own", "constant-own"),
+         ("pipo-own-lam1", "constant-own"), ("pipo-b0", "constant-b0"), ("pipo-b0-lam1", "constant-b0"))
 UNTIMED = {*ORACLES, *KNOBS}  # run long after the others of their condition, beside other work
+BESIDE = {condition for condition, (_, arms) in CONDITIONS.items()
+          if any("second" in own for own in arms.values())}  # run beside other work from the first to the last
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
          2.131)
 
@@ -546,7 +709,8 @@ def measures(run: dict, time_up: float) -> list[float]:
     low = max(scores.max() / 2, scores[0] - 3 * series(run, "eval_stderr")[0])
     collapsed = run["failed"] or scores[-1] < low
     spikes = (norms > 5 * np.median(norms)).sum() if len(norms) else 0  # norms before clipping
-    timed = math.nan if run["arm"] in UNTIMED and run["condition"] in ("safe", "edge") else 1.0
+    beside = run["condition"] in BESIDE or run["arm"] in UNTIMED and run["condition"] in ("safe", "edge")
+    timed = math.nan if beside else 1.0
     return [100 * scores[-1], 100 * scores.max(), 100 * scores[1:].mean(),
             timed * 100 * np.interp(time_up, clock, scores), timed * clock[-1], 100 * bool(collapsed), spikes,
             lengths[-10:].mean() if len(lengths) else math.nan]
@@ -841,6 +1005,7 @@ def markdown(header: list, rows: list[list]) -> str:
 
 
 HARMS = {"inverted": "advantages inverted", "tenfold": "learning rate × 10"}
+BACK_HARMS = {f"momentum-{kind}": title for kind, title in HARMS.items()}
 BRIEF = {"safe": "safe rate", "noisy": "safe rate, noisy rewards", "edge": "rate at the edge", "gspo": "GSPO"}
 
 
@@ -891,16 +1056,19 @@ mean rate, as assumed here for MATH, that is 1/(G+1) (m = G: 2/(G+1)) of the var
 In the paper's setting and around it (Var_q(p) = E[p(1−p)] = {PAPER["between"]}, G = 8, K = 8):"""
 
 
-def harm_tables(results: dict) -> list[str]:
+MOMENTUM_TEXT = "To be written."
+
+
+def harm_tables(results: dict, names: dict) -> list[str]:
     """What xi detects of harmful updates, what they cost, and the arms beside each other."""
     text = []
-    for condition in (c for c in HARMS if c in results):
+    for condition in (c for c in names if c in results):
         report = results[condition]["harm"]
         rows = [[STYLES[arm][0], *(f"{x[name]:.0%}" for name in ("detected", "false_alarms")),
                  *(f"{x[f'area_{lag}']:.2f}" for lag in LAGS), x["judged"], x["free"], f"{x['lost']:.1f}",
                  f"{x['back']:.0f}" if math.isfinite(x["back"]) else "–", x["harms"]] for arm, x in report.items()]
         text.append(
-            f"Harmful updates, {HARMS[condition]}. Detected: ξ < 0 at the step after one; false alarms: at steps "
+            f"Harmful updates, {names[condition]}. Detected: ξ < 0 at the step after one; false alarms: at steps "
             f"with none in the {WINDOW + 1} before; area: under the ROC curve, one, two and three steps after. "
             f"Points lost at the worst of {WORST} steps, and median steps until J is back (–: not before the next "
             "harm), of those with no other in the next three steps. AdamW's momentum still holds the old "
@@ -921,6 +1089,52 @@ def mixed_table(report: dict) -> str:
     return "What the tracker was told, and what its ξ knows of the last step's change of J:\n\n" + markdown(
         ["arm", "sd of a step's change (points)", "sd of what it was told, given J (points)",
          "correlation of ξ with the change", "by the formula"], rows)
+
+
+def gains(runs: list[dict]) -> dict | None:
+    """Steps with phi < 0: what they did to the favour of B_{t-1}, and a gradient of zero in their place."""
+    found = [[x[np.isfinite(x)] for x in (series(run, "pi_gain"), series(run, "tick_gain"))] for run in runs]
+    found = [pair for pair in found if len(pair[0])]
+    if not found:
+        return None
+    step, tick = (np.concatenate(x) for x in zip(*found))
+    return {"steps": len(step), "forward": float((step > 0).mean()), "tick_forward": float((tick > 0).mean()),
+            "below_tick": float((step < tick).mean()), "seeds": len(found),
+            **{name: mean_and_half([x.mean() for x in values]).tolist()
+               for name, values in zip(("gain", "tick_gain"), zip(*found))}}
+
+
+def momentum_tables(results: dict, packs: dict[str, list[dict]]) -> list[str]:
+    """The section on what part of PIPO's gain is its optimizer's momentum."""
+    names = {condition: name for condition, name in (
+        ("momentum", "safe rate"), ("momentum-edge", "rate at the edge")) if condition in results}
+    if not names:
+        return []
+    rows = []
+    for condition in (c for c in (*names, *BACK_HARMS) if c in results):
+        found = {arm: gains([run for run in packs[condition] if run["arm"] == arm]) for arm in MOMENTUM}
+        results[condition]["gains"] = {arm: x for arm, x in found.items() if x}
+        rows += [[(names | BACK_HARMS)[condition], STYLES[arm][0], x["seeds"], x["steps"], f"{x['forward']:.0%}",
+                  *("{:+.2f} ± {:.2f}".format(*(1000 * v for v in x[name])) for name in ("gain", "tick_gain")),
+                  f"{x['tick_forward']:.0%}", f"{x['below_tick']:.0%}"]
+                 for arm, x in results[condition]["gains"].items() if not arm.startswith("tick")]
+    watched = ("Steps with φ < 0, and a gradient of zero in their place (same weights and moments). Forward: B_t−1's "
+               "better samples became more likely against its worse ones. Changes are of the mean over its samples "
+               "of a_i times a token's log-probability, in thousandths.\n\n" + markdown(
+                   ["condition", "arm", "seeds", "steps", "forward", "mean change", "with a gradient of zero",
+                    "forward with zero", "below it"], rows))
+    text = ["## Is the second step its own momentum?", MOMENTUM_TEXT, *brief(results, names, MOMENTUM)[:2]]
+    text += [brief(results, names, MOMENTUM)[3], watched]
+    if "rates" in results:
+        text += ["The rate of the verification step over that of exploration was chosen on three seeds at the safe "
+                 "rate, for PIPO, by final pass@1; the constant takes the same. Those seeds are among the others.\n\n"
+                 + markdown(["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], [
+                     [STYLES[f"pipo-{kind}"][0], f"{factor:g}" + " (chosen)" * (own["pi_factor"] == factor), x["seeds"],
+                      *("{:.1f} ± {:.1f}".format(*x[measure]) for measure in ("end", "auc"))]
+                     for kind, own in KINDS.items() for factor in FACTORS
+                     for x in [results["rates"]["arms"].get(f"pipo-{kind}-x{factor:g}")] if x])]
+    harms = {condition: name for condition, name in BACK_HARMS.items() if condition in results}
+    return text + (brief(results, harms, MOMENTUM)[:2] + harm_tables(results, harms) if harms else [])
 
 
 def table(args) -> None:
@@ -946,11 +1160,12 @@ def table(args) -> None:
         common = {k: v for k, v in runs[0]["settings"].items()
                   if all(run["settings"].get(k) == v for run in runs)}
         names = [n for n in MEASURES if n != "equal_time" or condition != "sweep"]
-        text += [f"## {condition}", ", ".join(f"{k} {v}" for k, v in common.items()) + ". Equal time: "
-                 f"{found['time_up']:.0f} CPU seconds, when {runs[0]['arm']} ends.",
+        when = "" if condition in BESIDE else (
+            f" Equal time: {found['time_up']:.0f} CPU seconds, when {runs[0]['arm']} ends.")
+        text += [f"## {condition}", ", ".join(f"{k} {v}" for k, v in common.items()) + "." + when,
                  markdown(["arm", "seeds", *(MEASURES[n] for n in names)],
                           [[arm, *line(x, names)] for arm, x in found["arms"].items()])]
-        if found["differences"] and condition != "sweep":
+        if found["differences"] and condition not in ("sweep", "rates"):
             names = [n for n in MEASURES if n not in ("best", "length")]
             text += [markdown(["difference", "seeds", *(MEASURES[n].replace("%", "points") for n in names)],
                               [[pair, *line(x, names, "+")] for pair, x in found["differences"].items()])]
@@ -969,14 +1184,14 @@ def table(args) -> None:
                  markdown(["change of J", *columns],
                           [[words, *xi_line(x)] for words, x in report["coarse"].items()])]
     text += [ON_PAPER, paper_table()]
-    for condition in (c for c in HARMS if c in results):
+    for condition in (c for c in HARMS | BACK_HARMS if c in results):
         results[condition]["harm"] = harm_report(packs[condition])
     tables = brief(results)
-    tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results)
+    tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results, HARMS)
     if "mixed" in results:
         told = results["mixed"]["told"] = mixed_report(packs["mixed"])
         tables += brief(results, {"mixed": "one to five digits"}, MIXED)[:2] + [mixed_table(told)]
-    text = "\n\n".join(text[:1] + tables + text[1:]) + "\n"
+    text = "\n\n".join(text[:1] + tables + text[1:] + momentum_tables(results, packs)) + "\n"
     print(text)
     write_whole(args.into / "results.md", text.encode())
     short = json.loads(json.dumps(results), parse_float=lambda x: float(f"{float(x):.5g}"),
@@ -999,7 +1214,15 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "oracle": ("PIPO told J", "#E69F00", "-", "*"),
           "oracle-lam1": ("PIPO told J, λ = 1", "#009E73", ":", "P"),
           "roll-back": ("roll back", "#CC79A7", (0, (5, 1)), "X"),
-          "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p")}
+          "pipo-paired": ("PIPO, paired", "#CC79A7", "--", "p"),
+          "tick": ("empty tick", "#0072B2", ":", "x"),
+          "tick-always": ("empty tick, always", "#56B4E9", ":", "+"),
+          "pipo-own": ("PIPO, own moments", "#D55E00", "--", "s"),
+          "constant-own": ("constant, own moments", "#0072B2", "-.", "^"),
+          "pipo-own-lam1": ("PIPO, λ = 1, own moments", "#56B4E9", "--", ">"),
+          "pipo-b0": ("PIPO, β₁ = 0", "#D55E00", ":", "s"),
+          "constant-b0": ("constant, β₁ = 0", "#0072B2", ":", "^"),
+          "pipo-b0-lam1": ("PIPO, λ = 1, β₁ = 0", "#56B4E9", ":", ">")}
 SHOWN = ("grpo", "gspo", "pipo", "pipo-lam1", "constant", "shuffled", "grpo-2", "oracle")
 
 
