@@ -77,7 +77,7 @@ KNOBS = {  # of the paper and of its first version
 # another step along the mean of the gradients before. The factors are its learning rate's, over --lr, chosen by
 # the table of "rates": a step without momentum is a larger one.
 FACTORS = (1.0, 0.3, 0.1)
-OWN_FACTOR, B0_FACTOR = 1.0, 1.0
+OWN_FACTOR, B0_FACTOR = 0.3, 0.3
 KINDS = {"own": dict(second="own moments", pi_factor=OWN_FACTOR), "b0": dict(second="beta1 0", pi_factor=B0_FACTOR)}
 BACK = {f"{arm}-{kind}{end}": ARMS[arm + end] | own for kind, own in KINDS.items()
         for arm, end in (("pipo", ""), ("constant", ""), ("pipo", "-lam1"))}
