@@ -147,10 +147,9 @@ def wanted(args) -> list[dict]:
 #             "tick always": from the first full window on, whatever phi; "own moments": by an AdamW of its own;
 #             "beta1 0": along the gradient in place of the mean of gradients
 #   pi_factor its learning rate over --lr
-#   optimizer "sgd": both steps are plain gradient descent
 # ------------------------------------------------------------------------------------------------------------
 
-VARIANTS = ("told", "measured", "sabotage", "roll_back", "task", "second", "pi_factor", "optimizer")
+VARIANTS = ("told", "measured", "sabotage", "roll_back", "task", "second", "pi_factor")
 
 
 def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True) -> float:
@@ -419,25 +418,11 @@ def second_step(iteration, kind: str):
     return wrapped
 
 
-def descending(iteration):
-    """An iteration whose steps are plain gradient descent, without momentum, scaling or decay."""
-    import torch
-
-    def wrapped(run, problems, cfg):
-        if not isinstance(run.optimizer, torch.optim.SGD):
-            run.optimizer = torch.optim.SGD(run.optimizer.param_groups[0]["params"], cfg.lr)
-        return iteration(run, problems, cfg)
-
-    return wrapped
-
-
 def with_variants(iteration, settings: dict, seed: int, folder: Path):
     """pipo.iteration with what the settings of a run change of it; the outermost wrapper comes last."""
     import pipo
     if settings.get("second"):
         iteration = second_step(iteration, settings["second"])
-    if settings.get("optimizer") == "sgd":
-        iteration = descending(iteration)
     if settings.get("sabotage"):
         iteration = sabotaged(iteration, settings["sabotage"], harmful_steps(seed, settings["steps"]))
     if settings.get("told") == "paired":
@@ -1014,7 +999,8 @@ def markdown(header: list, rows: list[list]) -> str:
 
 
 HARMS = {"inverted": "advantages inverted", "tenfold": "learning rate × 10"}
-BACK_HARMS = {f"momentum-{kind}": title for kind, title in HARMS.items()}
+MOMENTUMS = {"momentum": "safe rate", "momentum-edge": "rate at the edge"} | {
+    f"momentum-{kind}": title for kind, title in HARMS.items()}
 BRIEF = {"safe": "safe rate", "noisy": "safe rate, noisy rewards", "edge": "rate at the edge", "gspo": "GSPO"}
 
 
@@ -1108,42 +1094,45 @@ def gains(runs: list[dict]) -> dict | None:
         return None
     step, tick = (np.concatenate(x) for x in zip(*found))
     return {"steps": len(step), "forward": float((step > 0).mean()), "tick_forward": float((tick > 0).mean()),
-            "below_tick": float((step < tick).mean()), "seeds": len(found),
+            "seeds": len(found),
             **{name: mean_and_half([x.mean() for x in values]).tolist()
                for name, values in zip(("gain", "tick_gain"), zip(*found))}}
 
 
 def momentum_tables(results: dict, packs: dict[str, list[dict]]) -> list[str]:
     """The section on what part of PIPO's gain is its optimizer's momentum."""
-    names = {condition: name for condition, name in (
-        ("momentum", "safe rate"), ("momentum-edge", "rate at the edge")) if condition in results}
+    names = {condition: name for condition, name in MOMENTUMS.items() if condition in results}
+    arms, watched = [], []
+    for condition, name in names.items():
+        found = results[condition]
+        for arm, x in found["arms"].items():
+            gap = found["differences"].get(f"{arm} − grpo")
+            arms.append([name, STYLES[arm][0], x["seeds"], *(f"{x[measure][0]:.1f}" + (
+                " ({:+.1f} ± {:.1f})".format(*gap[measure]) if gap else "") for measure in ("end", "auc"))])
+        found["gains"] = {arm: x for arm in MOMENTUM
+                          if (x := gains([run for run in packs[condition] if run["arm"] == arm]))}
+        watched += [[name, STYLES[arm][0], x["seeds"], x["steps"], f"{x['forward']:.0%}", f"{x['tick_forward']:.0%}",
+                     *("{:+.2f} ± {:.2f}".format(*(1000 * v for v in x[own])) for own in ("gain", "tick_gain"))]
+                    for arm, x in found["gains"].items() if not arm.startswith("tick")]
     if not names:
         return []
-    rows = []
-    for condition in (c for c in (*names, *BACK_HARMS) if c in results):
-        found = {arm: gains([run for run in packs[condition] if run["arm"] == arm]) for arm in MOMENTUM}
-        results[condition]["gains"] = {arm: x for arm, x in found.items() if x}
-        rows += [[(names | BACK_HARMS)[condition], STYLES[arm][0], x["seeds"], x["steps"], f"{x['forward']:.0%}",
-                  *("{:+.2f} ± {:.2f}".format(*(1000 * v for v in x[name])) for name in ("gain", "tick_gain")),
-                  f"{x['tick_forward']:.0%}", f"{x['below_tick']:.0%}"]
-                 for arm, x in results[condition]["gains"].items() if not arm.startswith("tick")]
-    watched = ("Steps with φ < 0, and a gradient of zero in their place (same weights and moments). Forward: B_t−1's "
-               "better samples became more likely against its worse ones. Changes are of the mean over its samples "
-               "of a_i times a token's log-probability, in thousandths.\n\n" + markdown(
-                   ["condition", "arm", "seeds", "steps", "forward", "mean change", "with a gradient of zero",
-                    "forward with zero", "below it"], rows))
-    text = ["## Is the second step its own momentum?", MOMENTUM_TEXT, *brief(results, names, MOMENTUM)[:2]]
-    text += [brief(results, names, MOMENTUM)[3], watched]
-    if "rates" in results:
-        text += ["The rate of the verification step over that of exploration was chosen on three seeds at the safe "
-                 "rate, for PIPO, by final pass@1; the constant takes the same. Those seeds are among the others.\n\n"
-                 + markdown(["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], [
-                     [STYLES[f"pipo-{kind}"][0], f"{factor:g}" + " (chosen)" * (own["pi_factor"] == factor), x["seeds"],
-                      *("{:.1f} ± {:.1f}".format(*x[measure]) for measure in ("end", "auc"))]
-                     for kind, own in KINDS.items() for factor in FACTORS
-                     for x in [results["rates"]["arms"].get(f"pipo-{kind}-x{factor:g}")] if x])]
-    harms = {condition: name for condition, name in BACK_HARMS.items() if condition in results}
-    return text + (brief(results, harms, MOMENTUM)[:2] + harm_tables(results, harms) if harms else [])
+    rates = [[STYLES[f"pipo-{kind}"][0], f"{factor:g}" + " (chosen)" * (own["pi_factor"] == factor), x["seeds"],
+              *("{:.1f} ± {:.1f}".format(*x[measure]) for measure in ("end", "auc"))]
+             for kind, own in KINDS.items() for factor in FACTORS
+             if (x := results.get("rates", {}).get("arms", {}).get(f"pipo-{kind}-x{factor:g}"))]
+    return ["## Is the second step its own momentum?", MOMENTUM_TEXT,
+            "In brackets the difference to GRPO, paired by seed, over the seeds of the row:\n\n" + markdown(
+                ["condition", "arm", "seeds", MEASURES["end"], MEASURES["auc"]], arms),
+            "Steps with φ < 0, and a gradient of zero in their place, from the same weights and moments. Forward: the "
+            "better samples of B_t−1 became more likely against its worse ones. Change: of the mean over its samples "
+            "of a_i times the log-probability of a token, in thousandths; ± over seeds.\n\n" + markdown(
+                ["condition", "arm", "seeds", "steps", "forward", "with zero", "change", "with zero"], watched),
+            "The verification step's learning rate over that of exploration, for the two kinds of step that do not "
+            "share momentum: chosen for PIPO on three seeds at the safe rate, by final pass@1. Those seeds are among "
+            "the others, and the other arms of a kind take the same.\n\n" + markdown(
+                ["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], rates),
+            *harm_tables(results, {condition: HARMS[condition.removeprefix("momentum-")] for condition in names
+                                   if condition.removeprefix("momentum-") in HARMS})]
 
 
 def table(args) -> None:
@@ -1193,7 +1182,7 @@ def table(args) -> None:
                  markdown(["change of J", *columns],
                           [[words, *xi_line(x)] for words, x in report["coarse"].items()])]
     text += [ON_PAPER, paper_table()]
-    for condition in (c for c in HARMS | BACK_HARMS if c in results):
+    for condition in (c for c in results if "sabotage" in CONDITIONS.get(c, [{}])[0]):
         results[condition]["harm"] = harm_report(packs[condition])
     tables = brief(results)
     tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results, HARMS)
