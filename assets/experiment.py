@@ -406,7 +406,7 @@ def second_step(iteration, kind: str):
         def chosen(model, optimizer, batch, *given, **options):
             if batch is run.previous:
                 return watched(*given, **options)
-            if kind == "tick always" and run.tracker.full and not taken:
+            if kind == "tick always" and len(run.tracker.history) == cfg.window and not taken:
                 verify()
             return update(model, optimizer, batch, *given, **options)
 
