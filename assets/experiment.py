@@ -73,12 +73,13 @@ KNOBS = {  # of the paper and of its first version
     "pipo-v1": dict(feedback="pipo", lam=0.0, xi_clip=0.5),
     "pipo-v1-lam1": dict(feedback="pipo", lam=1.0, xi_clip=0.5),
 }
-# Is the second step its own momentum? Both of PIPO's steps share one AdamW, so that the second is first of all
-# another step along the mean of the gradients before. The factors are its learning rate's, over --lr, chosen by
-# the table of "rates": a step without momentum is a larger one.
+# Is the second step its own momentum? Both of PIPO's steps share one AdamW, so that the second is first of
+# all another step along the mean of the gradients before. The factors are its learning rate's, over --lr,
+# chosen by the table of "rates": a step without momentum is a larger one.
 FACTORS = (1.0, 0.3, 0.1)
 OWN_FACTOR, B0_FACTOR = 0.3, 0.3
-KINDS = {"own": dict(second="own moments", pi_factor=OWN_FACTOR), "b0": dict(second="beta1 0", pi_factor=B0_FACTOR)}
+KINDS = {"own": dict(second="own moments", pi_factor=OWN_FACTOR),
+         "b0": dict(second="beta1 0", pi_factor=B0_FACTOR)}
 BACK = {f"{arm}-{kind}{end}": ARMS[arm + end] | own for kind, own in KINDS.items()
         for arm, end in (("pipo", ""), ("constant", ""), ("pipo", "-lam1"))}
 MOMENTUM = {
@@ -119,7 +120,8 @@ CONDITIONS = {
     **{f"momentum-{kind}": (dict(lr=SAFE_LR, sabotage=kind, measured=256), MOMENTUM)
        for kind in ("inverted", "tenfold")},
 }
-OTHER_SEEDS = {"sweep": range(SWEEP_SEEDS), "rates": range(SWEEP_SEEDS), "again": range(SEEDS, 2 * SEEDS)}  # all others have range(SEEDS)
+OTHER_SEEDS = {"sweep": range(SWEEP_SEEDS), "rates": range(SWEEP_SEEDS),
+               "again": range(SEEDS, 2 * SEEDS)}  # all others have range(SEEDS)
 
 
 def wanted(args) -> list[dict]:
@@ -143,9 +145,9 @@ def wanted(args) -> list[dict]:
 #   sabotage  at a tenth of the steps exploration does harm: "inverted" advantages, or "tenfold" learning rate
 #   roll_back below this xi, the weights and moments of the step before come back
 #   task      "mixed": additions of one to five digits in place of the demo's
-#   second    the verification step: "adamw", pipo's own, watched; "tick": the gradient is zero, the step is taken;
-#             "tick always": from the first full window on, whatever phi; "own moments": by an AdamW of its own;
-#             "beta1 0": along the gradient in place of the mean of gradients
+#   second    the verification step: "adamw", pipo's own, watched; "tick": a step with a gradient of zero;
+#             "tick always": the same from the first full window on, whatever phi; "own moments": a step of an
+#             AdamW of its own; "beta1 0": along the gradient in place of the mean of gradients
 #   pi_factor its learning rate over --lr
 # ------------------------------------------------------------------------------------------------------------
 
@@ -308,8 +310,8 @@ def rolling_back(iteration, below: float):
 def favour(model, batch, cfg) -> float:
     """How far the policy favours a batch's better samples: the mean of a_i times a token's log-probability.
 
-    a_i is A_i scaled to a mean size of 1, and a sample's tokens are averaged first: the direction in which GRPO's
-    gradient on the batch points, whatever phi.
+    a_i is A_i scaled to a mean size of 1, and a sample's tokens are averaged first: the direction in which
+    GRPO's gradient on the batch points, whatever phi.
     """
     import pipo
     import torch
@@ -336,8 +338,8 @@ def tick(optimizer, lr: float) -> None:
 def without_momentum(optimizer):
     """AdamW's steps go along the gradient g in place of the mean of gradients m.
 
-    m is left as it was. v, and the count of steps in the bias corrections, go on as ever: m's is then a little
-    too near 1 at first, by 6 % at the tenth step.
+    m is left as it was. v, and the count of steps in the bias corrections, go on as ever: m's correction is
+    then a little too near 1 at first, by 6 % at the tenth step.
     """
     betas = [group["betas"] for group in optimizer.param_groups]
     means = {weight: moments["exp_avg"].clone() for weight, moments in optimizer.state.items()}
@@ -360,10 +362,10 @@ def undone(model, optimizer):
 
 
 def second_step(iteration, kind: str):
-    """An iteration with another verification step; where phi < 0, with what that did, too.
+    """An iteration with another verification step and, where phi < 0, with what that did.
 
-    `pi_gain` is the change of B_{t-1}'s favour by the step, `tick_gain` that by a tick of the same optimizer in its
-    place. The time it takes to measure them is left out of the row's seconds.
+    `pi_gain` is the change of B_{t-1}'s favour by the step, `tick_gain` that by a tick of the same optimizer in
+    its place. The time it takes to measure them is left out of the row's seconds.
     """
     import pipo
     import torch
@@ -1051,7 +1053,19 @@ mean rate, as assumed here for MATH, that is 1/(G+1) (m = G: 2/(G+1)) of the var
 In the paper's setting and around it (Var_q(p) = E[p(1−p)] = {PAPER["between"]}, G = 8, K = 8):"""
 
 
-MOMENTUM_TEXT = "To be written."
+MOMENTUM_TEXT = """\
+Both of PIPO's steps share one AdamW, which moves the weights along the mean of the gradients so far. So the second
+step is first of all another step in the direction of those before it, whatever its coefficient. The control for
+that is an empty tick: where PIPO would take its second step, the optimizer takes one with a gradient of zero. With
+moments of its own, or with β₁ = 0 (the gradient in place of the mean of gradients, which is left as it was; v goes
+on), the second step does without that momentum.
+
+Where φ < 0, PIPO's second step does not step back: it moves the batch that it should undo forward, only a little
+less than an empty tick does. With β₁ = 0 it moves that batch back, with moments of its own in part of the cases.
+
+These runs have a warm start of their own, with baselines from it, and were made beside other work: their levels do
+not compare with those of other sections, and they are not timed. Seeds are few: where an interval holds 0 it is
+open whether there is any difference."""
 
 
 def harm_tables(results: dict, names: dict) -> list[str]:
@@ -1111,28 +1125,31 @@ def momentum_tables(results: dict, packs: dict[str, list[dict]]) -> list[str]:
                 " ({:+.1f} ± {:.1f})".format(*gap[measure]) if gap else "") for measure in ("end", "auc"))])
         found["gains"] = {arm: x for arm in MOMENTUM
                           if (x := gains([run for run in packs[condition] if run["arm"] == arm]))}
-        watched += [[name, STYLES[arm][0], x["seeds"], x["steps"], f"{x['forward']:.0%}", f"{x['tick_forward']:.0%}",
+        watched += [[name, STYLES[arm][0], x["seeds"], x["steps"],
+                     f"{x['forward']:.0%}", f"{x['tick_forward']:.0%}",
                      *("{:+.2f} ± {:.2f}".format(*(1000 * v for v in x[own])) for own in ("gain", "tick_gain"))]
                     for arm, x in found["gains"].items() if not arm.startswith("tick")]
     if not names:
         return []
-    rates = [[STYLES[f"pipo-{kind}"][0], f"{factor:g}" + " (chosen)" * (own["pi_factor"] == factor), x["seeds"],
+    rates = [[STYLES[f"pipo-{kind}"][0],
+              f"{factor:g}" + " (chosen)" * (own["pi_factor"] == factor), x["seeds"],
               *("{:.1f} ± {:.1f}".format(*x[measure]) for measure in ("end", "auc"))]
              for kind, own in KINDS.items() for factor in FACTORS
              if (x := results.get("rates", {}).get("arms", {}).get(f"pipo-{kind}-x{factor:g}"))]
     return ["## Is the second step its own momentum?", MOMENTUM_TEXT,
             "In brackets the difference to GRPO, paired by seed, over the seeds of the row:\n\n" + markdown(
                 ["condition", "arm", "seeds", MEASURES["end"], MEASURES["auc"]], arms),
-            "Steps with φ < 0, and a gradient of zero in their place, from the same weights and moments. Forward: the "
-            "better samples of B_t−1 became more likely against its worse ones. Change: of the mean over its samples "
-            "of a_i times the log-probability of a token, in thousandths; ± over seeds.\n\n" + markdown(
-                ["condition", "arm", "seeds", "steps", "forward", "with zero", "change", "with zero"], watched),
-            "The verification step's learning rate over that of exploration, for the two kinds of step that do not "
-            "share momentum: chosen for PIPO on three seeds at the safe rate, by final pass@1. Those seeds are among "
-            "the others, and the other arms of a kind take the same.\n\n" + markdown(
-                ["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], rates),
-            *harm_tables(results, {condition: HARMS[condition.removeprefix("momentum-")] for condition in names
-                                   if condition.removeprefix("momentum-") in HARMS})]
+            "Steps with φ < 0, and a gradient of zero in their place, from the same weights and moments. "
+            "Forward: the better samples of B_t−1 became more likely against its worse ones. Change: of the mean "
+            "over its samples of a_i times the log-probability of a token, in thousandths; ± over seeds.\n\n"
+            + markdown(["condition", "arm", "seeds", "steps", "forward", "with zero", "change", "with zero"],
+                       watched),
+            "The verification step's learning rate over that of exploration, for the two kinds of step without "
+            "shared momentum: chosen for PIPO on three seeds at the safe rate, by final pass@1. Those seeds are "
+            "among the others, and the other arms of a kind take the same.\n\n"
+            + markdown(["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], rates),
+            *harm_tables(results, {f"momentum-{kind}": title for kind, title in HARMS.items()
+                                   if f"momentum-{kind}" in results})]
 
 
 def table(args) -> None:
