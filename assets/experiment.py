@@ -1145,8 +1145,9 @@ def momentum_tables(results: dict, packs: dict[str, list[dict]]) -> list[str]:
             + markdown(["condition", "arm", "seeds", "steps", "forward", "with zero", "change", "with zero"],
                        watched),
             "The verification step's learning rate over that of exploration, for the two kinds of step without "
-            "shared momentum: chosen for PIPO on three seeds at the safe rate, by final pass@1. Those seeds are "
-            "among the others, and the other arms of a kind take the same.\n\n"
+            "shared momentum: chosen for PIPO on three seeds at the safe rate, by final pass@1; the other "
+            "arms of a kind take the same. These seeds are among those above, where PIPO's rows of the two kinds are "
+            "so a little too high.\n\n"
             + markdown(["arm", "factor", "seeds", MEASURES["end"], MEASURES["auc"]], rates),
             *harm_tables(results, {f"momentum-{kind}": title for kind, title in HARMS.items()
                                    if f"momentum-{kind}" in results})]
