@@ -30,6 +30,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,7 +140,9 @@ def wanted(args) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Variants. What only this experiment needs, as wrappers around pipo.iteration, switched on by settings that
-# are none of pipo's own:
+# are none of pipo's own (`feedback` is pipo's, but for one value):
+#   feedback  "shuffled": the verification step has the phi of a xi drawn from the run's earlier ones
+#   reward_noise  share of the training rewards that is flipped
 #   told      "truth": the tracker hears J(theta_t) in place of mu_t; "paired": mu_t less the luck of the draw
 #   measured  every row has J(theta_t), on so many problems, the worked solutions' part of it
 #   sabotage  at a tenth of the steps exploration does harm: "inverted" advantages, or "tenfold" learning rate
@@ -151,7 +154,7 @@ def wanted(args) -> list[dict]:
 #   pi_factor its learning rate over --lr
 # ------------------------------------------------------------------------------------------------------------
 
-VARIANTS = ("told", "measured", "sabotage", "roll_back", "task", "second", "pi_factor")
+VARIANTS = ("reward_noise", "told", "measured", "sabotage", "roll_back", "task", "second", "pi_factor")
 
 
 def true_reward(run, problems, worked: list[list[int]], cfg, whole: bool = True) -> float:
@@ -242,19 +245,61 @@ class Paired:
 def paired(iteration):
     """An iteration whose tracker hears Paired's mu; classes are the digits of the first number."""
     import pipo
-    fill_in, pairing, told = pipo.fill_in_rewards, Paired(range(1, MIXED_DIGITS + 1)), {}
+    grade_all, pairing, told = pipo.grade_all, Paired(range(1, MIXED_DIGITS + 1)), {}
 
-    def graded(run, batch, cfg, *more):
-        failures = fill_in(run, batch, cfg, *more)
-        digits = [problem.text.index("+") for problem in batch.problems]
-        told["tracker"]["mu"] = told["paired_mu"] = pairing(batch.rewards.mean(1).tolist(), digits)
-        return failures
+    def graded(batch, problems, *given):
+        rewards, failures = grade_all(batch, problems, *given)  # (Q, G)
+        digits = [problem.text.index("+") for problem in problems]
+        told["tracker"]["mu"] = told["paired_mu"] = pairing(rewards.mean(1).tolist(), digits)
+        return rewards, failures
 
     def wrapped(run, problems, cfg):
         if not told:
-            told["tracker"], pipo.fill_in_rewards = telling(run.tracker), graded
-        batch, row = iteration(run, problems, cfg)
+            told["tracker"] = telling(run.tracker)
+        with in_place(grade_all=graded):
+            batch, row = iteration(run, problems, cfg)
         return batch, row | {"paired_mu": told["paired_mu"]}
+
+    return wrapped
+
+
+def noisy(iteration, share: float):
+    """An iteration in whose batch a share of the rewards is flipped, the same ones whatever the feedback."""
+    import pipo
+    import torch
+    grade_all = pipo.grade_all
+
+    def wrapped(run, problems, cfg):
+        def graded(*given):
+            rewards, failures = grade_all(*given)  # (Q, G)
+            noise = torch.rand(rewards.shape, generator=pipo.rng("cpu", cfg.seed, "noise", run.step))  # (Q, G)
+            return torch.where(noise < share, 1 - rewards, rewards), failures
+
+        with in_place(grade_all=graded):  # held-out problems are graded outside of iterations
+            return iteration(run, problems, cfg)
+
+    return wrapped
+
+
+def shuffled(iteration):
+    """An iteration with the phi of an earlier xi of the run: the right sizes at the wrong times."""
+    import pipo
+    import torch
+    coefficient, past = pipo.feedback_coefficient, []
+
+    def drawn(feedback, run, cfg):
+        if feedback is None:
+            return coefficient(feedback, run, cfg)
+        past.append(feedback.xi)
+        if len(past) == 1:
+            return 0.0, "warmup"
+        place = torch.randint(len(past) - 1, (), generator=pipo.rng("cpu", cfg.seed, "xi", run.step))
+        xi = past[int(place)]
+        return coefficient(feedback._replace(xi=xi, phi=run.tracker.phi(xi)), run, cfg)
+
+    def wrapped(run, problems, cfg):
+        with in_place(feedback_coefficient=drawn):
+            return iteration(run, problems, cfg)
 
     return wrapped
 
@@ -271,13 +316,11 @@ def sabotaged(iteration, kind: str, harmful: list[int]):
     advantages = pipo.group_advantages
 
     def wrapped(run, problems, cfg):
-        harm = run.step + 1 in harmful
-        if harm and kind == "inverted":
-            pipo.group_advantages = lambda *given: -advantages(*given)
-        elif harm:
-            cfg = pipo.replace(cfg, lr=10 * cfg.lr, pi_lr=cfg.pi_lr or cfg.lr)
-        batch, row = iteration(run, problems, cfg)
-        pipo.group_advantages = advantages
+        harm, inverted = run.step + 1 in harmful, kind == "inverted"
+        if harm and not inverted:
+            cfg = replace(cfg, lr=10 * cfg.lr, pi_lr=cfg.pi_lr or cfg.lr)
+        with in_place(group_advantages=lambda *given: -advantages(*given)) if harm and inverted else nullcontext():
+            batch, row = iteration(run, problems, cfg)
         return batch, row | {"harm": int(harm)}
 
     return wrapped
@@ -423,6 +466,10 @@ def second_step(iteration, kind: str):
 def with_variants(iteration, settings: dict, seed: int, folder: Path):
     """pipo.iteration with what the settings of a run change of it; the outermost wrapper comes last."""
     import pipo
+    if settings.get("reward_noise"):
+        iteration = noisy(iteration, settings["reward_noise"])
+    if settings["feedback"] == "shuffled":
+        iteration = shuffled(iteration)
     if settings.get("second"):
         iteration = second_step(iteration, settings["second"])
     if settings.get("sabotage"):
@@ -490,11 +537,11 @@ def make_start(runs: Path, mixed: bool = False) -> str:
         import pipo
         import torch
         torch.set_num_threads(1)
-        own = {}
+        own, solved = {}, 0.25
         if mixed:
             held_out, warm, train = mixed_rows()
             held_out, probe = held_out[:512], held_out[-PROBE_PROBLEMS:]
-            own = dict(warm_start=0.4, max_new_tokens=64)
+            own, solved = dict(max_new_tokens=64), 0.4
         else:
             held_out, warm, train = pipo.demo_rows(0)
             train, probe = train[:-PROBE_PROBLEMS], train[-PROBE_PROBLEMS:]
@@ -503,7 +550,7 @@ def make_start(runs: Path, mixed: bool = False) -> str:
         print("warm start: teaching the demo's model until it is sometimes right", flush=True)
         with open(runs / "start.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             cfg = pipo.Config(**pipo.DEMO | own)
-            pipo.build_demo(str(runs / "start.partial"), cfg, warm, torch.device("cpu"))
+            pipo.build_demo(str(runs / "start.partial"), cfg, warm, torch.device("cpu"), solved)
         os.replace(runs / "start.partial", start)
     contents = b"".join(path.read_bytes() for path in [start / "model.safetensors", *files])
     return hashlib.sha256(contents).hexdigest()[:12]
@@ -530,18 +577,16 @@ def perform(job: dict, runs: Path, start: str) -> dict:
     held_out = "probe.jsonl" if job["condition"] == "probe" else "eval.jsonl"
     settings, folder = job["settings"], task_folder(runs, job["settings"])
     own = {name: value for name, value in settings.items() if name not in VARIANTS}
+    if own["feedback"] == "shuffled":
+        own["feedback"] = "pipo"
     if "pi_factor" in settings:
         own["pi_lr"] = settings["pi_factor"] * settings["lr"]
     cfg = pipo.Config(**pipo.DEMO | own | dict(
         model=str(folder / "start"), dataset=str(folder / "train.jsonl"),
         eval_dataset=[str(folder / held_out)], instruction="", seed=job["seed"], device="cpu",
         save_every=settings["steps"], show_every=0, out=str(out)))
-    unchanged = pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages
-    pipo.iteration = with_variants(pipo.iteration, settings, job["seed"], folder)
-    try:
+    with in_place(iteration=with_variants(pipo.iteration, settings, job["seed"], folder)):
         return train_for_result(cfg, job | dict(start=start))
-    finally:
-        pipo.iteration, pipo.fill_in_rewards, pipo.group_advantages = unchanged
 
 
 def train_for_result(cfg, job: dict) -> dict:
@@ -836,7 +881,7 @@ def xi_report(packs: dict[str, list[dict]]) -> dict:
     looking_back = {"feedback": "pipo", "eval_every": 10, "window": WINDOW}
     others = [run for condition, runs in packs.items() if condition != "probe" for run in runs
               if looking_back.items() <= run["settings"].items() and run["rows"] > 20
-              and not {*VARIANTS, "xi_clip"} & run["settings"].keys()]
+              and not {*VARIANTS, "xi_clip"} - {"reward_noise"} & run["settings"].keys()]
     if others:
         report["coarse"] = {f"change of J over the 10 steps {words}": agreement(pairs(others, "whole", x, 10))
                             for x, words in (("last", "before"), ("next", "after"))}
