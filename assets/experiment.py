@@ -610,6 +610,9 @@ def train_for_result(cfg, job: dict) -> dict:
     return result
 
 
+MACHINES = ("memory_gb", "tokens", "microbatch_tokens", "pi_microbatch_tokens")
+
+
 def to_columns(rows: list[dict]) -> dict:
     """Metrics as columns (half the size of rows), floats to 5 digits; what never changes is one value.
 
@@ -617,7 +620,7 @@ def to_columns(rows: list[dict]) -> dict:
     """
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {}
-    for name in (n for n in names if n not in ("memory_gb", "tokens") and not n.startswith("eval/")):
+    for name in (n for n in names if n not in MACHINES and not n.startswith("eval/")):
         values = [row.get(name) for row in rows]
         first, *rest = (float(f"{v:.5g}") if isinstance(v, float) else v for v in values)
         columns[name] = rest[0] if len(set(rest)) == 1 and first in (None, rest[0]) else [first, *rest]
