@@ -36,10 +36,9 @@ experiment: .venv/.installed ## PIPO, GRPO and controls over 8 seeds -> assets/ 
 	$(BIN)/python assets/experiment.py run $(ARGS)
 	$(BIN)/python assets/experiment.py table $(ARGS)
 
-real: .venv/.installed ## SmolLM2-135M on word problems, on a CPU (hours): make real DATA=folder/of/problems
-	$(BIN)/python assets/real_model.py prepare --data $(DATA)
+real: .venv/.installed ## SmolLM2-135M learns sums, on a CPU (hours; one run: make real ARGS="--arms pipo --seeds 0 --into runs/again")
 	$(BIN)/python assets/real_model.py run $(ARGS)
-	$(BIN)/python assets/real_model.py figure
+	$(BIN)/python assets/real_model.py figure $(ARGS)
 
 figures: .venv/.installed ## the README's figures and tables from the runs in assets/
 	$(BIN)/python assets/experiment.py table $(ARGS)

