@@ -4,7 +4,7 @@ BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
 TORCH ?= torch
-.PHONY: help run test test-newest test-trl bench gpu mutants experiment real figures plot clean
+.PHONY: help run test test-assets test-newest test-trl bench gpu mutants experiment real figures plot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -13,7 +13,10 @@ run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an e
 	$(BIN)/python pipo.py --overwrite $(ARGS)
 
 test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
-	$(BIN)/python -m pytest -q test_pipo.py assets/test_memory_plan.py $(ARGS)
+	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
+
+test-assets: .venv/.installed ## the tests of assets/: the experiment by hand, the memory plan against a simulation
+	$(BIN)/python -m pytest -q assets/test_experiment.py assets/test_memory_plan.py $(ARGS)
 
 test-newest: ## the tests with the newest torch and transformers, in .venv-newest (TORCH=torch==... pins one)
 	$(PYTHON) -m venv .venv-newest

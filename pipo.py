@@ -1581,7 +1581,7 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
     if model.device.type == "cuda" and trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(4, device=model.device)[None]  # (1, 4)
-    with torch.no_grad():
+    with torch.no_grad(), explained_as(f"{path} is not built as this file expects"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits, plain = model(ids, use_cache=False).logits, model.get_output_embeddings()(hidden)
     if not torch.allclose(plain, logits, atol=1e-3, equal_nan=True):
@@ -1706,13 +1706,13 @@ def fit_memory(cfg: Config, path: str, device: torch.device) -> Config:
 @torch.no_grad()
 def cache_room(run: Run, cfg: Config) -> int:
     """Tokens that the key-value cache may hold: a share of what is free now, by what one token leaves in it."""
-    with explained_as("the key-value cache of this model is not supported"):
+    with explained_as("this model leaves nothing in a key-value cache that rows could be taken from"):
         caches, *_ = prefill(run.model, [(0,)], 1)
-        one_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
+        token_share = CACHE_SHARE / sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
     weights = [weight for group in run.optimizer.param_groups for weight in group["params"]] if run.optimizer else []
     moments = 8 * sum(weight.numel() for weight in weights if weight.device == run.model.device)  # not there yet
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    room = CACHE_SHARE * (free_memory(run.model.device) - moments) / one_token
+    room = token_share * (free_memory(run.model.device) - moments)
     if room < longest:
         raise UserError(f"the cache has room for {room:,.0f} of {longest:,} tokens: give a smaller --max-new-tokens")
     return int(min(room, cfg.prompts_per_step * cfg.group_size * longest))

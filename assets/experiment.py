@@ -1201,6 +1201,28 @@ def momentum_tables(results: dict, packs: dict[str, list[dict]]) -> list[str]:
                                    if f"momentum-{kind}" in results})]
 
 
+# Which table of results.md answers which question.
+MAP = """Which table answers which question (an *arm* is one way to train, "J" the true success rate; each table says its conditions):
+
+| question | table |
+| --- | --- |
+| How good is each arm in the end, over the whole run, at equal time? Do runs break down? | the first four tables |
+| Is the second step's size (ξ) what helps, or that there is a second step? | the same, rows *PIPO* against *constant*, *shuffled*, *GRPO, 2 epochs* |
+| Would a ξ without noise help? | the same, rows *PIPO told J* |
+| How strongly may a fall count? | the same, rows *λ = 0* and *λ = 1* |
+| Does ξ help where a tenth of the updates do harm? | "advantages inverted", "learning rate × 10": final, and mean over the run |
+| Does ξ notice such updates, and how long does the harm last? | "Harmful updates, ..." (areas under the ROC curve, points lost, steps until back) |
+| Does it help to take the luck of the draw out of μ, where problems are unlike? | "one to five digits", and the table under it |
+| Which learning rates are "safe" and "the edge"? | sweep |
+| Any arm with its interval, seconds, collapses; any difference between two arms | safe, noisy, edge, gspo, inverted, tenfold, mixed |
+| Do other seeds say the same? | again |
+| K = 4 and 16, the clip of the paper's first version | safe, rows *pipo-K4*, *pipo-K16*, *pipo-v1* |
+| What does ξ know of the last change of J, and of the next? | Does ξ know anything? (probe), first table; all other runs: its last |
+| How much of ξ is noise? | Does ξ know anything?, second table |
+| What could ξ know at the paper's size? How many prompts would it take? | On paper |
+| Does a step after a fall go back, or does momentum carry it forward? Would moments of its own help? | Is the second step its own momentum? |"""
+
+
 def table(args) -> None:
     """Write results.md and results.json from the packed runs."""
     def line(found, names, sign=""):
@@ -1250,7 +1272,8 @@ def table(args) -> None:
     text += [ON_PAPER, paper_table()]
     for condition in (c for c in results if "sabotage" in CONDITIONS.get(c, [{}])[0]):
         results[condition]["harm"] = harm_report(packs[condition])
-    tables = brief(results)
+    shown = ["![Held-out accuracy against steps and seconds](panels.png)"] if "safe" in results else []
+    tables = [MAP, *shown, *brief(results)]
     tables += brief(results, HARMS, WATCHED)[:2] + harm_tables(results, HARMS)
     if "mixed" in results:
         told = results["mixed"]["told"] = mixed_report(packs["mixed"])
@@ -1287,6 +1310,7 @@ STYLES = {"grpo": ("GRPO", "#000000", "-", "o"), "pipo": ("PIPO", "#D55E00", "-"
           "pipo-b0": ("PIPO, β₁ = 0", "#D55E00", ":", "s"),
           "constant-b0": ("constant, β₁ = 0", "#0072B2", ":", "^"),
           "pipo-b0-lam1": ("PIPO, λ = 1, β₁ = 0", "#56B4E9", ":", ">")}
+FIRST = ("grpo", "pipo", "constant", "grpo-2")  # in the README's first figure
 SHOWN = ("grpo", "gspo", "pipo", "pipo-lam1", "constant", "shuffled", "grpo-2", "oracle")
 
 
@@ -1363,8 +1387,33 @@ def draw_distortion(path: Path) -> None:
     save(figure, path)
 
 
-def draw_curves(panels: dict[str, dict[str, list[dict]]], path: Path, unit: str = "CPU seconds") -> None:
-    """pass@1 against steps and seconds, a row of panels a condition; panels: title -> label -> runs."""
+def draw_first(arms: dict[str, list[dict]], path: Path) -> None:
+    """The README's first figure: pass@1 over iterations, a band an arm, and each arm's name at its line's end."""
+    figure, axis = pyplot().subplots(figsize=(7, 4.2))
+    ends = []
+    for arm, runs in arms.items():
+        label, colour, line, _ = STYLES[arm]
+        curves = [curve(run) for run in runs]
+        mean, half = 100 * mean_and_half([c[2] for c in curves])
+        axis.plot(curves[0][0], mean, ls=line, color=colour, lw=2.4)
+        axis.fill_between(curves[0][0], mean - half, mean + half, color=colour, alpha=0.12, lw=0)
+        ends.append([mean[-1], label, colour])
+    ends.sort()
+    for lower, upper in zip(ends, ends[1:]):
+        upper[0] = max(upper[0], lower[0] + 1.5)  # one line of text apart
+    for height, label, colour in ends:
+        axis.annotate(label, (curves[0][0][-1], height), xytext=(6, 0), textcoords="offset points",
+                      color=colour, va="center", fontsize=13)
+    axis.set_xlim(0, curves[0][0][-1] * 1.27)
+    axis.set_xticks(curves[0][0])
+    axis.set_xlabel("iterations", fontsize=13)
+    axis.set_ylabel("held-out accuracy (%)", fontsize=13)
+    save(figure, path)
+
+
+def draw_curves(panels: dict[str, dict[str, list[dict]]], path: Path, unit: str = "CPU seconds",
+                measure: str = "held-out pass@1 (%)") -> None:
+    """`measure` against steps and seconds, a row of panels a condition; panels: title -> label -> runs."""
     plt, handles = pyplot(), {}
     size = 9.5, 1 + 2.9 * len(panels)
     figure, grid = plt.subplots(len(panels), 2, figsize=size, sharey="row", squeeze=False)
@@ -1382,7 +1431,7 @@ def draw_curves(panels: dict[str, dict[str, list[dict]]], path: Path, unit: str 
                 if front:
                     axis.fill_between(x, (mean - half).clip(0), (mean + half).clip(max=100), color=colour,
                                       alpha=0.15, lw=0)
-        axes[0].set_ylabel("held-out pass@1 (%)")
+        axes[0].set_ylabel(measure)
         axes[0].set_title(title, loc="left")
     grid[-1][0].set_xlabel("steps")
     grid[-1][1].set_xlabel(f"{unit} of sampling, grading and training")
@@ -1544,7 +1593,10 @@ def figures(args) -> None:
         for arm in [arm for arm, runs in arms.items() if len(runs) < most]:
             del arms[arm]  # a mean over other seeds would not compare
     if panels:
-        draw_curves(panels, args.into / "curves.png")
+        draw_curves(panels, args.into / "panels.png")
+    safe = panels.get(titles["safe"], {})
+    if first := {arm: safe[arm] for arm in FIRST if arm in safe}:
+        draw_first(first, args.into / "curves.png")
     if inside := [run for run in read_pack(args.into, "safe") if run["arm"] == "pipo"]:
         title = f"PIPO, learning rate {SAFE_LR:g}, seed {inside[0]['seed']}"
         draw_inside(inside[0], title, args.into / "inside.png")
@@ -1556,9 +1608,13 @@ def figures(args) -> None:
         draw_harm(harm, args.into / "harm.png")
 
 
+# What `plot` can draw, the best first.
+MEASURED = {"eval_pass@1": "held-out pass@1 (%)", "eval_reward": "held-out reward", "mu": "reward in training"}
+
+
 def plot(args) -> None:
     """Curves and inside of anybody's run folders, into the present folder or --into."""
-    into, runs = Path() if args.into == HERE else args.into, {}
+    into, runs, tables, measures = Path() if args.into == HERE else args.into, {}, {}, []
     for folder in args.folders:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -1567,11 +1623,17 @@ def plot(args) -> None:
             print(f"experiment: {path} does not exist or holds no step; give the folder of a run",
                   file=sys.stderr)
             sys.exit(2)
-        if not any("eval_pass@1" in row for row in rows):  # never evaluated: the training reward
-            rows = [row | {"eval_pass@1": row["mu"]} for row in rows]
-        runs[str(folder)] = dict(columns=to_columns(rows), rows=len(rows), failed=None)
+        # what all runs have: held-out pass@1, the same of a reward of one's own, or else the training reward
+        measures.append({name for row in rows for name in ("eval_pass@1", "eval_reward", "mu") if name in row})
+        tables[str(folder)] = rows
+    common = set.intersection(*measures)
+    name, words = next((name, words) for name, words in MEASURED.items() if name in common)
+    for folder, rows in tables.items():
+        scale = 1 if name == "eval_pass@1" else 0.01  # a curve is drawn times 100
+        rows = [row | ({"eval_pass@1": row[name] * scale} if name in row else {}) for row in rows]
+        runs[folder] = dict(columns=to_columns(rows), rows=len(rows), failed=None)
     into.mkdir(parents=True, exist_ok=True)
-    draw_curves({"": {name: [run] for name, run in runs.items()}}, into / "pipo-curves.png", "seconds")
+    draw_curves({"": {name: [run] for name, run in runs.items()}}, into / "pipo-curves.png", "seconds", words)
     if name := next((name for name, run in runs.items() if np.isfinite(series(run, "xi")).any()), None):
         draw_inside(runs[name], name, into / "pipo-inside.png")
 
