@@ -2042,7 +2042,7 @@ def test_the_commands_shown_parse():
     commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", text, flags=re.MULTILINE)
     assert len([pipo.settled(pipo.parse(line.split())) for line in commands]) >= 3
     flags = {pipo.flag(f.name) for f in fields(Config)} | {"--help"}
-    flags |= {"--config_file", "--into", "--costs"}  # accelerate's, the experiment's, the benchmark's
+    flags |= {"--config_file", "--into", "--arms", "--seeds", "--costs"}  # of accelerate and of assets/
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags
 
 
