@@ -4,6 +4,7 @@ BIN := .venv/bin
 TRL := trl==1.16.0
 .DEFAULT_GOAL := help
 TORCH ?= torch
+SLOW := demo_end or processes or results_come or plots_of or killed_at
 .PHONY: help run test test-assets test-newest test-trl bench gpu mutants experiment real figures plot clean
 
 help: ## list the targets
@@ -13,7 +14,12 @@ run: .venv/.installed ## the offline demo; ARGS="--seed 1" passes flags on (an e
 	$(BIN)/python pipo.py --overwrite $(ARGS)
 
 test: .venv/.installed ## the tests, on the CPU (on CUDA too, where there is one), without network
+ifdef ARGS
 	$(BIN)/python -m pytest -q test_pipo.py $(ARGS)
+else # in two processes, one a core
+	$(BIN)/python -m pytest -q test_pipo.py -k "$(SLOW)" & \
+	$(BIN)/python -m pytest -q test_pipo.py -k "not ($(SLOW))"; others=$$?; wait $$! && exit $$others
+endif
 
 test-assets: .venv/.installed ## the tests of assets/: the experiment by hand, the memory plan against a simulation
 	$(BIN)/python -m pytest -q assets/test_experiment.py assets/test_memory_plan.py $(ARGS)

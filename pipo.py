@@ -459,7 +459,8 @@ def own_grade(reward, text: str, problem: Problem) -> float:
         if not math.isfinite(value):
             raise ValueError(f"it returned {value}")
     except (Exception, SystemExit) as error:
-        raise RewardError(f"the reward function {reward} must return a finite number: {error!r} for {text[-60:]!r} "
+        name = getattr(reward, "__name__", reward)
+        raise RewardError(f"the reward function {name} must return a finite number: {error!r} for {text[-60:]!r} "
                           f"as the answer to {problem.text[:60]!r}") from error
     return float(value)
 
@@ -1820,7 +1821,8 @@ def open_run(cfg: Config, out: Path) -> dict | None:
     # a job that was killed before its first save
     only_begun = cfg.resume and cfg.save_every != 0 and not (out / "model").exists()
     if present and not cfg.overwrite and not only_begun:
-        raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on from its checkpoint")
+        raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on from its checkpoint, "
+                        "if there is one")
     return None
 
 
