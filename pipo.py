@@ -1863,9 +1863,10 @@ def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path, s
     path = out / CHECKPOINT
     partial_file = path.with_suffix(".partial")
     path.parent.mkdir(exist_ok=True)
+    previous = replace(run.previous, problems=None, ref_logprobs=None)  # without what no step on it needs
     state = {"config": asdict(cfg) | {"device": run.model.device.type}, "problems": len(problems),
              "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
-             "window": list(run.tracker.history), "previous": vars(replace(run.previous, problems=None)),
+             "window": list(run.tracker.history), "previous": vars(previous),
              "step": run.step, "name": run.name, "cache_tokens": run.cache_tokens}
     try:
         with open(partial_file, "wb") as file:

@@ -1614,7 +1614,7 @@ MEASURED = {"eval_pass@1": "held-out pass@1 (%)", "eval_reward": "held-out rewar
 
 def plot(args) -> None:
     """Curves and inside of anybody's run folders, into the present folder or --into."""
-    into, runs, tables, measures = Path() if args.into == HERE else args.into, {}, {}, []
+    into, runs, logs, measured = Path() if args.into == HERE else args.into, {}, {}, []
     for folder in args.folders:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -1624,11 +1624,11 @@ def plot(args) -> None:
                   file=sys.stderr)
             sys.exit(2)
         # what all runs have: held-out pass@1, the same of a reward of one's own, or else the training reward
-        measures.append({name for row in rows for name in ("eval_pass@1", "eval_reward", "mu") if name in row})
-        tables[str(folder)] = rows
-    common = set.intersection(*measures)
+        measured.append({name for row in rows for name in ("eval_pass@1", "eval_reward", "mu") if name in row})
+        logs[str(folder)] = rows
+    common = set.intersection(*measured)
     name, words = next((name, words) for name, words in MEASURED.items() if name in common)
-    for folder, rows in tables.items():
+    for folder, rows in logs.items():
         scale = 1 if name == "eval_pass@1" else 0.01  # a curve is drawn times 100
         rows = [row | ({"eval_pass@1": row[name] * scale} if name in row else {}) for row in rows]
         runs[folder] = dict(columns=to_columns(rows), rows=len(rows), failed=None)

@@ -18,16 +18,9 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import pipo  # noqa: E402
+from test_pipo import on_paper, three_weights  # noqa: E402, F401 (a fixture is used by its name)
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def on_paper(monkeypatch):
-    """assets/experiment.py, whose formulas the README's results rest on."""
-    monkeypatch.syspath_prepend(HERE / "assets")
-    import experiment
-    return experiment
 
 
 def test_a_steady_rise_has_the_same_xi_however_fast_it_is(on_paper):
@@ -140,16 +133,6 @@ def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
     told["mu"] = 7.0
     run.tracker.push(0.0)
     assert run.tracker.history[-1] == 7.0
-
-
-def three_weights():
-    """Three weights after ten AdamW steps along a direction, and that direction."""
-    direction, model = torch.tensor([3.0, -1.0, 0.5]), torch.nn.Linear(3, 1, bias=False)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, fused=True)
-    for _ in range(10):
-        model.weight.grad = -direction[None]
-        optimizer.step()
-    return model, optimizer, direction
 
 
 def test_a_tick_and_what_is_undone(on_paper):
