@@ -16,16 +16,13 @@ batch of step t, A_i the GRPO advantage of its sample i, K the length of the win
 
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
-mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. After a rise the gradient of
-the verification step is B_{t-1}'s again, after a fall the opposite one, times lam. Both steps share one AdamW,
+mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. Both steps share one AdamW,
 whose momentum still points along B_{t-1}: a rise reinforces it, and a fall brakes it, by about a tenth of that
-step, but takes nothing back. Each ratio is against the policy that sampled its batch. There is no verification
-step while the window fills (the first K iterations), where its rewards are all equal, where phi_t is 0, and
-where no group of B_{t-1} is mixed. Settings and metrics named `pi_` are of this step.
+step, but takes nothing back. There is no verification step while the window fills (the first K iterations),
+where its rewards are all equal, where phi_t is 0, and where no group of B_{t-1} is mixed.
 
     python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, in minutes
     python pipo.py --model Qwen/Qwen3-4B    # MATH, on one GPU
-    python pipo.py --help                   # every setting, with its meaning
 
 Contents, in reading order; the first five are PIPO, the others are its engine rooms:
 
@@ -42,8 +39,7 @@ Contents, in reading order; the first five are PIPO, the others are its engine r
     Files               what a run leaves, and how it goes on
     Command line        every setting, what it means and what it may be
 
-Left out on purpose: more than one GPU, an inference server, replay beyond the previous batch, learned reward
-models, rate schedules, dropout.
+Left out on purpose: several GPUs, an inference server, replay of older batches, learned rewards, rate schedules.
 """
 
 from __future__ import annotations
@@ -80,7 +76,6 @@ import mpmath  # of sympy: its arithmetic alone, for the verifier
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models as tokenizer_models
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -94,15 +89,13 @@ from transformers.masking_utils import sdpa_mask
 # ------------------------------------------------------------------------------------------------------------
 # Records. What passes through an iteration: the problems that are asked, the batch of answers to them, and the
 # run that carries the rest from one iteration to the next. Settings (`cfg`) stand with the command line, last.
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
     """One question with its answers, ready to be asked."""
     text: str  # the question, for people
     prompt: list[int]  # token ids
-    answer: str  # the first gold, for people; "" without any
-    golds: tuple[str, ...]  # any of them is right
+    golds: tuple[str, ...]  # any of these answers is right
     row: dict  # of the dataset, whole, for a reward function of the user's own; otherwise {}
     thinking: bool = False  # the prompt opens a thought, which the completion has to end
 
@@ -116,11 +109,10 @@ class Batch:
     behavior_logprobs: Tensor  # (N, T) under the policy that sampled, at the sampling temperature
     truncated: Tensor  # (N,) True where the length limit cut it off
     texts: list[str]  # N decoded completions
-    cache_tokens: int | None = None  # the room that was left for the cache: less if memory ran out
+    cache_tokens: int = 0  # the room that was left for the cache: less if memory ran out
     out_of_memory: int = 0  # how often it did
     rewards: Tensor | None = None  # (Q, G) filled in once the completions are graded
     advantages: Tensor | None = None  # (Q, G)
-    problems: list[Problem] | None = None  # Q, what was asked
     ref_logprobs: Tensor | None = None  # (N, T) under the reference policy, where there is a KL to it
 
     def lengths(self) -> Tensor:
@@ -133,8 +125,7 @@ class Batch:
         return {"entropy": -self.behavior_logprobs.sum().item() / n_tokens, "tokens": int(n_tokens),
                 "prompt_tokens": sum(map(len, self.prompts)), "completion_length": n_tokens / len(self.prompts),
                 "truncated": self.truncated.float().mean().item(), "cache_tokens": self.cache_tokens,
-                "zero_signal": (self.advantages == 0).all(1).float().mean().item(),
-                "out_of_memory": self.out_of_memory}
+                "zero_signal": (self.advantages == 0).all(1).float().mean().item(), "out_of_memory": self.out_of_memory}
 
 
 @dataclass
@@ -145,26 +136,24 @@ class Run:
     optimizer: object
     tracker: ImprovementTracker
     reference: torch.nn.Module | None = None  # the starting model, where there is a KL to it
+    adapters: object = None  # peft's handle on them, with LoRA
     reward: object = None  # the user's own function in place of the verifier
     previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
     step: int = 0  # iterations done
     name: str = ""  # that trackers know it by
-    cache_tokens: int | None = None  # room of the key-value cache; less once memory ran out in sampling
+    cache_tokens: int = sys.maxsize  # room of the key-value cache; less once memory ran out in sampling
     microbatch_tokens: int | None = None  # less than the setting once memory ran out in training
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The mathematics. Pure functions on tensors, and the tracker: what GRPO learns from, PIPO's window and what it
-# says of a batch, and the one clipped loss that both steps minimise. Lift any of it into a trainer of your own.
-# ------------------------------------------------------------------------------------------------------------
+# The mathematics. Pure functions on tensors, and the tracker: what GRPO learns from, PIPO's window, and the one
+# clipped loss that both steps minimise. Lift any of it into a trainer of your own.
 
 
 def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """(Q, G) rewards -> (Q, G) advantages: R - mean, over the sample std + 1e-6 if `normalize_std`.
-
-    A group of equal rewards has advantage exactly 0. Raises ValueError for G < 2 and for a reward that is not
-    finite. Source: DeepSeekMath (2402.03300); without the std, Dr. GRPO (2503.20783).
-    """
+    A group of equal rewards has advantage 0. ValueError for G < 2 and for a reward that is not finite. Source:
+    DeepSeekMath (2402.03300); without the std, Dr. GRPO (2503.20783)."""
     rewards = rewards.float()  # (Q, G)
     if rewards.dim() != 2 or rewards.shape[1] < 2 or not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite and (Q, G) with G >= 2, got {tuple(rewards.shape)}")
@@ -175,21 +164,15 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     return torch.where(mixed, centered, 0.0)
 
 
-# What the tracker says of a batch: its improvement in standard deviations of the window, the coefficient which
-# that becomes, and the window's mean and (sample) standard deviation.
+# What the tracker says of a batch: xi, the coefficient which that becomes, the window's mean and (sample) std.
 Feedback = namedtuple("Feedback", "xi phi mu_his sigma_his")
 
 
 class ImprovementTracker:
     """PIPO's new piece: is this batch better than the last K, in units of their own spread? (PIPO, Section 5)
-
-    The sliding window of mean rewards, and xi and phi read against it; K = 8, lambda = 0.1. Read `feedback(mu)`
-    first, then `push(mu)` once: a reward in its own window would bound xi.
-    """
+    Read `feedback(mu)` first, then `push(mu)` once: a reward in its own window would bound xi."""
 
     def __init__(self, window: int = 8, lam: float = 0.1, xi_clip: float | None = None):
-        if window < 2 or not 0 <= lam <= 1:
-            raise ValueError(f"needs window >= 2 and 0 <= lam <= 1, got {window} and {lam}")
         self.window, self.lam, self.xi_clip, self.history = window, lam, xi_clip, deque(maxlen=window)
 
     def phi(self, xi: float) -> float:
@@ -212,10 +195,8 @@ class ImprovementTracker:
 
 def improvement_rewards(advantages: Tensor, phi: float) -> Tensor:
     """(Q, G) advantages of the previous batch, phi -> (Q, G) policy-improvement rewards (Definition 5.1).
-
     a_i * phi with a_i = G * A_i / sum_j |A_j|, of mean size 1 in every mixed group, however A was normalised:
-    for 0/1 rewards 1/(2p) on a right answer and -1/(2(1-p)) on a wrong one. It is 0 in a group without signal.
-    """
+    for 0/1 rewards 1/(2p) on a right answer and -1/(2(1-p)) on a wrong one. It is 0 in a group without signal."""
     total = advantages.abs().sum(1, keepdim=True)  # (Q, 1)
     return torch.where(total > 0, advantages * advantages.shape[1] * phi / total, 0.0)  # (Q, G)
 
@@ -242,14 +223,11 @@ BASES = {
 def policy_loss(logprobs, behavior_logprobs, advantages, mask, objective=BASES["grpo"], ref_logprobs=None,
                 n_sequences=None, n_tokens=None):
     """The clipped surrogate: log-probabilities (N, T), advantages (N,), mask (N, T) -> (loss, metrics).
-
     -min(ratio * A, clip(ratio) * A) with the coefficient inside the min, so that it clips on both signs; with
-    `ref_logprobs` plus kl_coef times the k3 estimate of KL(policy || reference), averaged the same way.
-    `n_sequences`, `n_tokens` (default: those given) are the whole batch's where this is a part of it: the
-    parts' losses then add up to the batch's. Metrics are means over this mask's tokens: the share clipped, the
-    ratio, and `logprob_gap`, the mean |log-ratio|, which before any update is the disagreement of sampler and
-    trainer. Raises ValueError for advantages of another shape.
-    """
+    `ref_logprobs` plus kl_coef times the k3 estimate of KL(policy || reference), averaged the same way. `n_sequences`,
+    `n_tokens`: the whole batch's where this is a part of it, whose losses then add up to the batch's. Metrics are
+    means over this mask's tokens: the share clipped, the ratio, and `logprob_gap`, the mean |log-ratio|, which before
+    any update is the disagreement of sampler and trainer. Raises ValueError for advantages of another shape."""
     if advantages.shape != mask.shape[:1]:
         raise ValueError(f"advantages (N,), mask (N, T) are {tuple(advantages.shape)}, {tuple(mask.shape)}")
     N, T = mask.shape
@@ -278,10 +256,8 @@ def policy_loss(logprobs, behavior_logprobs, advantages, mask, objective=BASES["
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The update. The training pass: prompt and completion side by side with all padding behind, where causal
-# attention never looks, so that no mask is needed; logits only where a completion token is predicted, a few at
-# a time. Both steps of an iteration are `update`.
-# ------------------------------------------------------------------------------------------------------------
+# The update. The training pass: all padding stands behind, where causal attention never looks, so that no mask is
+# needed; logits only where a completion token is predicted, a few at a time. Both steps of an iteration are `update`.
 
 # Rows of logits at a time. Small chunks save memory, but each adds to the head's whole gradient: that takes time.
 LOGITS_CHUNK = {"cpu": 256, "cuda": 1024}
@@ -295,11 +271,9 @@ def padded(rows, device, side="right") -> Tensor:
 
 def token_logprobs(model, prompts, tokens, mask, temperature=1.0, chunk=None) -> Tensor:
     """log-probability of each completion token: (n, T), 0 where `mask` is 0, at the temperature of sampling.
-
     prompts: n lists of token ids; tokens and mask: (n, T), each row of the mask ones and then zeros. The logits
     are the largest tensor of RL on language models (151,936 columns for Qwen3): they are made `chunk` tokens at
-    a time, and again in the backward pass instead of being kept.
-    """
+    a time, and again in the backward pass instead of being kept."""
     lengths = mask.sum(-1).long().tolist()
     ids = padded([p + c[:n] for p, c, n in zip(prompts, tokens.tolist(), lengths)], model.device)  # (n, S)
     predicts = padded([[False] * (len(p) - 1) + [True] * n + [False] for p, n in zip(prompts, lengths)],
@@ -328,10 +302,8 @@ def microbatches(rows: Tensor, lengths: Tensor, budget: int) -> list[Tensor]:
 
 
 def backward(model, batch, part, coefficients, objective, temperature, n_sequences, n_tokens):
-    """Add the gradient of some rows of a minibatch, `part` (n,), to what is there: (loss, tokens, mean metrics).
-
-    `n_sequences` and `n_tokens` are the whole minibatch's, so that no split of it changes the gradient.
-    """
+    """Add the gradient of the rows `part` (n,): (loss, tokens, mean metrics).
+    `n_sequences` and `n_tokens` are the whole minibatch's, so that no split of it changes the gradient."""
     width = int(batch.mask[part].sum(1).max())
     tokens, mask = batch.tokens[part, :width], batch.mask[part, :width]  # (n, width)
     logprobs = token_logprobs(model, [batch.prompts[i] for i in part.tolist()], tokens, mask, temperature)
@@ -343,10 +315,7 @@ def backward(model, batch, part, coefficients, objective, temperature, n_sequenc
 
 
 def accumulate(model, batch, rows, microbatch_tokens, *given):
-    """`backward` for all `rows` of a minibatch: what it returned, and the tokens a pass that memory was left for.
-
-    Where memory runs out, all starts again with half the tokens a pass: the gradient is the same.
-    """
+    """`backward` for all `rows` of a minibatch, and the tokens a pass that worked: half as many where memory runs out."""
     while True:
         parts = microbatches(rows, batch.lengths(), microbatch_tokens)
         try:
@@ -362,12 +331,9 @@ def accumulate(model, batch, rows, microbatch_tokens, *given):
 def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0, minibatches=1,
            microbatch_tokens=8192, max_grad_norm=1.0) -> dict:
     """Take `minibatches` optimizer steps on a Batch with coefficients (Q, G); returns mean metrics.
-
-    A minibatch without any signal (or KL) takes no step at all: AdamW would move the weights on momentum and
-    decay alone. Rows with coefficient 0 are not computed (their gradient is 0 unless there is a KL) but still
-    count in the denominators. Of several gradient norms the largest is returned; means over no token are None.
-    Raises FloatingPointError on a loss or gradient that is not finite, and leaves no gradient behind.
-    """
+    A minibatch without any signal (or KL) takes no step at all: AdamW would move the weights on momentum and decay
+    alone. Rows with coefficient 0 are not computed but still count in the denominators. Of several gradient norms
+    the largest is returned; means over no token are None. Raises FloatingPointError where one is not finite."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -398,7 +364,6 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
 # ------------------------------------------------------------------------------------------------------------
 # One iteration. PIPO on one screen, in the order of the README's eight steps. What it adds to a trainer are steps
 # 4, 6 and 8, with ImprovementTracker and improvement_rewards; the helpers above `iteration` say how, not what.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def rng(device, *key) -> torch.Generator:
@@ -408,73 +373,51 @@ def rng(device, *key) -> torch.Generator:
 
 
 @torch.no_grad()
-def trainer_logprobs(model, batch: Batch, cfg: Config, rows=None) -> Tensor:
-    """The log-probabilities (N, T) of a batch as the trainer computes them; of some `rows` alone, 0 elsewhere."""
+def trainer_logprobs(model, batch: Batch, cfg: Config) -> Tensor:
+    """The log-probabilities (N, T) of a batch under `model`, as the training pass computes them."""
     model.train()
-    again = torch.zeros_like(batch.mask)  # (N, T)
-    rows = torch.arange(len(again)) if rows is None else rows
-    for part in microbatches(rows, batch.lengths(), cfg.microbatch_tokens):
+    logprobs = torch.zeros_like(batch.mask)  # (N, T)
+    for part in microbatches(torch.arange(len(logprobs)), batch.lengths(), cfg.microbatch_tokens):
         prompts = [batch.prompts[i] for i in part.tolist()]
-        again[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
-    return again
-
-
-def reference_logprobs(run: Run, batch: Batch, cfg: Config) -> Tensor:
-    """The same under the starting policy: a frozen model, or the model itself with its adapters off."""
-    if cfg.lora:
-        run.model.disable_adapters()
-    logprobs = trainer_logprobs(run.reference, batch, cfg)  # (N, T)
-    if cfg.lora:
-        run.model.enable_adapters()
+        logprobs[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
     return logprobs
 
 
-def check_sampler(model, batch: Batch, cfg: Config) -> None:
-    """Before the first update sampler and trainer must agree, or every ratio would be wrong (UserError)."""
-    rows = batch.lengths().argsort(descending=True)[:8]  # (n,) the longest
-    gaps = (trainer_logprobs(model, batch, cfg, rows) - batch.behavior_logprobs)[rows].abs()  # (n, T)
-    gap = gaps.sum().item() / batch.mask[rows].sum().item()
-    if gap > (1e-2 if model.dtype == torch.float32 else 0.1):
-        raise UserError(f"this model or its attention is not supported: before any update, sampler and trainer "
-                        f"disagree by {gap:.2g} in the log-probability of a token")
-
-
 def rollout(run: Run, problems: list[Problem], cfg: Config) -> Batch:
-    """Sample G completions of each problem, with the log-probabilities that the ratio is against."""
+    """Sample B_t, with the log-probabilities that the ratio is against: UserError if at step 1 they are not training's."""
     generator = rng(run.model.device, cfg.seed, "sample", run.step)
     batch = sample(run.model, run.tokenizer, [problem.prompt for problem in problems], cfg.group_size,
                    cfg.max_new_tokens, cfg.temperature, cfg.top_p, generator, run.cache_tokens)
-    batch.problems, run.cache_tokens = problems, batch.cache_tokens
-    if run.step == 1:
-        check_sampler(run.model, batch, cfg)
-    if cfg.base == "gspo" and run.model.dtype == torch.bfloat16:  # a clip narrower than the sampler's rounding
-        batch.behavior_logprobs = trainer_logprobs(run.model, batch, cfg)
+    run.cache_tokens = batch.cache_tokens
+    is_rounded = run.model.dtype == torch.bfloat16
+    is_too_coarse = is_rounded and cfg.base == "gspo"  # whose clip is narrower than the sampler's rounding
+    if run.step == 1 or is_too_coarse:
+        recomputed = trainer_logprobs(run.model, batch, cfg)  # (N, T)
+        gap = (recomputed - batch.behavior_logprobs).abs().sum().item() / batch.mask.sum().item()
+        if run.step == 1 and gap > (0.1 if is_rounded else 0.01):
+            raise UserError(f"not supported: sampler and trainer disagree by {gap:.2g} in a token's log-probability")
+        if is_too_coarse:
+            batch.behavior_logprobs = recomputed
     return batch
 
 
 def own_grade(reward, text: str, problem: Problem) -> float:
-    """What a reward function of the user's own says; RewardError where it fails, or says no finite number."""
-    try:
-        value = reward(text, problem.answer, problem.row)
+    """What a reward function of the user's own says; UserError where it fails, or says no finite number."""
+    with explained_as(f"the reward function fails for {text[-60:]!r} as the answer to {problem.text[:60]!r}"):
+        value = float(reward(text, "".join(problem.golds[:1]), problem.row))
         if not math.isfinite(value):
             raise ValueError(f"it returned {value}")
-    except (Exception, SystemExit) as error:
-        name = getattr(reward, "__name__", reward)
-        raise RewardError(f"the reward function {name} must return a finite number: {error!r} for {text[-60:]!r} "
-                          f"as the answer to {problem.text[:60]!r}") from error
-    return float(value)
+    return value
 
 
 def grade_all(batch: Batch, problems: list[Problem], reward=None) -> tuple[Tensor, Counter]:
     """Rewards (Q, G), and how often a completion could not be judged, by cause.
-
     A `reward` of one's own may return any finite number: mu and xi are then of that scale's mean, and
-    G * A / sum |A| still has mean size 1. It is called from a few threads, since some rewards wait for a judge.
-    """
+    G * A / sum |A| still has mean size 1. It is called from a few threads, since some rewards wait for a judge."""
     G = len(batch.texts) // len(problems)
     asked = [problem for problem in problems for _ in range(G)]  # N
     if reward is None:
-        grades = [max((grade(text, gold, problem.thinking) for gold in problem.golds), key=operator.itemgetter(0))
+        grades = [max((grade(text, gold, problem.thinking) for gold in problem.golds), key=lambda found: found[0])
                   for text, problem in zip(batch.texts, asked)]
     else:
         with ThreadPoolExecutor(8) as threads:
@@ -496,8 +439,7 @@ def feedback_coefficient(feedback: Feedback | None, run: Run, cfg: Config) -> tu
 def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, dict]:
     """One iteration of PIPO on Q problems; carries `run` on and returns B_t and a row of metrics."""
     run.step, clock = run.step + 1, [time.perf_counter()]
-    clips = {name: getattr(cfg, name) for name in ("clip_low", "clip_high") if getattr(cfg, name) is not None}
-    objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens, **clips)
+    objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens)
     how = dict(temperature=cfg.temperature, minibatches=cfg.minibatches, max_grad_norm=cfg.max_grad_norm,
                microbatch_tokens=run.microbatch_tokens or cfg.microbatch_tokens)
 
@@ -509,8 +451,6 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     mu = batch.rewards.mean(dtype=torch.float64).item()
     # 3. how much better each sample did than its group
     batch.advantages = group_advantages(batch.rewards, objective.normalize_std)  # (Q, G)
-    if cfg.mask_truncated:  # their group's mean and spread, and mu, keep them
-        batch.advantages[batch.truncated.view_as(batch.advantages)] = 0.0
     clock.append(time.perf_counter())
 
     # 4. look back, did the last updates help? xi against the last K rewards; 5. phi, or a control in its place
@@ -529,7 +469,7 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     # 7. exploration: the base algorithm's step on B_t, its ratio still against the policy that sampled it
     if cfg.kl_coef:  # in this step alone
         objective = objective._replace(kl_coef=cfg.kl_coef)
-        batch.ref_logprobs = reference_logprobs(run, batch, cfg)
+        batch.ref_logprobs = trainer_logprobs(run.reference, batch, cfg)
     for _ in range(cfg.epochs):
         exploration = update(run.model, run.optimizer, batch, batch.advantages, objective, lr=cfg.lr, **how)
     clock.append(time.perf_counter())
@@ -547,7 +487,6 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
 
 # ------------------------------------------------------------------------------------------------------------
 # Training. The loop around `iteration`: what it starts from, which problems it gets, what is said and kept.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Problem]:
@@ -561,41 +500,33 @@ def pick_problems(problems: list[Problem], step: int, cfg: Config) -> list[Probl
 
 def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generator=None) -> dict:
     """pass@1 of each held-out set, the mean over --eval-samples a problem, its standard error over problems.
-
     It is called "reward" where a function of the user's own gives it. With several samples also the unbiased
-    pass@k (2107.03374) for k = 2, 4, ... where rewards are 0 or 1; `eval_*` is the mean over the sets.
-    """
+    pass@k (2107.03374) for k = 2, 4, ... where rewards are 0 or 1; `eval_*` is the mean over the sets."""
     start, scores, n = time.perf_counter(), {}, cfg.eval_samples
     measure = "pass@1" if run.reward is None else "reward"
-    temperature = cfg.temperature if cfg.eval_temperature is None else cfg.eval_temperature
     few = FEW_PROBABILITIES // run.model.get_input_embeddings().num_embeddings
     for name, problems in held_out.items():
-        batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens, temperature,
+        batch = sample(run.model, run.tokenizer, [p.prompt for p in problems], n, cfg.max_new_tokens, cfg.temperature,
                        cfg.top_p, generator, run.cache_tokens, max(few, cfg.prompts_per_step * cfg.group_size))
         rewards = grade_all(batch, problems, run.reward)[0].double()  # (Q, n)
-        scores[f"eval/{name}/{measure}"] = rewards.mean().item()
-        scores[f"eval/{name}/stderr"] = rewards.mean(1).std(correction=0).item() / math.sqrt(len(problems))
-        scores[f"eval/{name}/truncated"] = batch.truncated.float().mean().item()
+        found = {measure: rewards.mean(), "stderr": rewards.mean(1).std(correction=0) / math.sqrt(len(problems)),
+                 "truncated": batch.truncated.float().mean()}
         is_right_or_wrong = torch.equal(rewards, (rewards == 1).double())
         for k in (2**i for i in range(1, n.bit_length() if is_right_or_wrong else 1)):
-            misses = [math.comb(n - int(c), k) / math.comb(n, k) for c in rewards.sum(1)]
-            scores[f"eval/{name}/pass@{k}"] = 1 - statistics.mean(misses)
+            misses = [math.comb(n - int(right), k) / math.comb(n, k) for right in rewards.sum(1)]
+            found[f"pass@{k}"] = 1 - statistics.mean(misses)
+        scores |= {f"eval/{name}/{key}": float(value) for key, value in found.items()}
     for key, total in ((measure, sum), ("stderr", lambda errors: math.hypot(*errors)), ("truncated", sum)):
         scores[f"eval_{key}"] = total([scores[f"eval/{name}/{key}"] for name in held_out]) / len(held_out)
     return scores | {"seconds_evaluation": time.perf_counter() - start}
 
 
-def pick_samples(batch: Batch, step: int, show: bool) -> list[dict]:
-    """A right and a wrong completion of the batch, where it has both; `show` puts them on the screen too."""
-    flat, G, picks = batch.rewards.flatten(), batch.rewards.shape[1], []  # (N,)
-    for i in sorted({int(flat.argmax()), int(flat.argmin())}):
-        problem, text, cut = batch.problems[i // G], batch.texts[i], batch.truncated[i].item()
-        picks.append({"step": step, "problem": problem.text, "answer": problem.answer, "completion": text,
-                      "reward": flat[i].item(), "truncated": cut})
-        if show:
-            asked, given = " ".join(problem.text.split())[-100:], " ".join(text.split())[-300:]
-            say(f"step {step}, reward {flat[i]:g}, answer {problem.answer}: {asked} -> {given}" + " [cut off]" * cut)
-    return picks
+def show_samples(batch: Batch, problems: list[Problem], step: int) -> None:
+    """A right and a wrong completion of the batch, where it has both."""
+    rewards, G = batch.rewards.flatten(), batch.rewards.shape[1]  # (N,)
+    for i in sorted({int(rewards.argmax()), int(rewards.argmin())}):
+        problem, text = problems[i // G], batch.texts[i]
+        say(f"step {step}, reward {rewards[i]:g}, gold {problem.golds[:1]}: {problem.text[-100:]!r} -> {text[-300:]!r}")
 
 
 def load_reward(spec: str):
@@ -603,36 +534,12 @@ def load_reward(spec: str):
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).absolute().parent))  # for what stands beside it, too
     with explained_as(f"--reward is {spec!r}: it must be file.py:function"):
-        module = import_module(Path(path).stem)
-        if not Path(path).samefile(module.__file__):
-            raise ValueError(f"{Path(path).stem} is another module's name, rename the file")
-        return getattr(module, name)
-
-
-@contextmanager
-def open_tracker(cfg: Config, run: Run):
-    """Yields a function that sends a row of metrics to --tracker; trackio has wandb's three calls."""
-    if not cfg.tracker:
-        yield lambda row: None
-        return
-    service = import_module(cfg.tracker)  # only when asked for
-    given = os.environ.setdefault("WANDB_RUN_ID", run.name)  # the same when resumed
-    service.init(project=os.environ.get("WANDB_PROJECT", "pipo"), name=run.name, config=asdict(cfg), resume="allow")
-    try:
-        yield lambda row: service.log(row, step=row["step"])
-    finally:
-        service.finish()
-        if given == run.name:  # or the next run of this process would go on with this one
-            del os.environ["WANDB_RUN_ID"]
+        return getattr(import_module(Path(path).stem), name)
 
 
 def set_up(cfg: Config, out: Path, state: dict | None, reward):
-    """The run at its start, or where its checkpoint `state` left it, its problems, and cfg with no blanks left.
-
-    Cheap checks come before expensive ones, and files of an earlier run are deleted last.
-    """
-    device, path, own = pick_device(cfg), cfg.model or str(out / "start"), reward is not None
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: in decoding, for every token
+    """The run at its start, or where its checkpoint `state` left it, its problems, and the held-out ones by set."""
+    device, path, own = torch.device(cfg.device), cfg.model or str(out / "start"), reward is not None
     if cfg.model:
         rows = load_rows(cfg.dataset, "train") if cfg.steps else None
         eval_sets = {name: load_rows(name, "test") for name in cfg.eval_dataset}
@@ -641,109 +548,95 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
         eval_sets = {"demo": eval_rows} if cfg.eval_every else {}
         if not state:
             build_demo(path, cfg, warm, device)
-    if state:  # not to be decided anew
-        cfg = replace(cfg, **{name: state["config"][name] for name in ("dtype", "optimizer_device")})
-    cfg = fit_memory(cfg, path, device)
+    masters_on = fit_memory(cfg, path, device)
     with explained_as(f"the tokenizer of {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own) if cfg.steps else []
     held_out = {}
     for name, rows in eval_sets.items():
         label = Path(name).stem if Path(name).stem not in held_out else name
-        held_out[label] = read_problems(rows, tokenizer, cfg, name, own, trained_on=problems)
+        held_out[label] = read_problems(rows, tokenizer, cfg, name, own, held_out=True)
     prompts = [problem.prompt for some in (problems, *held_out.values()) for problem in some]
-    check_positions(path, max(map(len, prompts)) + cfg.max_new_tokens)
-    torch.manual_seed(cfg.seed)  # LoRA's adapters start at random
-    model, reference = load_model(path, device, cfg.dtype, cfg.lora), None
+    model = load_model(path, device, cfg.dtype, max(map(len, prompts)) + cfg.max_new_tokens)
     # vocab_size leaves out added tokens, which matter in a prompt only: gemma-3-1b has no row for its image's
-    highest = max(tokenizer.vocab_size - 1, *map(max, prompts))
-    if highest >= model.get_input_embeddings().num_embeddings:
-        raise UserError(f"the tokenizer of {path} has a token {highest}, but the model no embedding for it")
+    if max(tokenizer.vocab_size - 1, *map(max, prompts)) >= model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of {path} has tokens that the model has no embedding for")
+    run = Run(model, tokenizer, None, ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip), reward=reward,
+              name=f"{out.name}-{time.time():.0f}")
     if cfg.kl_coef:
-        reference = model if cfg.lora else load_model(path, device, cfg.dtype, trainable=False)
-    optimizer = make_optimizer(model, cfg) if cfg.steps else None
-    tracker = ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip)
-    run = Run(model, tokenizer, optimizer, tracker, reference, reward, name=f"{out.name}-{time.time():.0f}")
+        run.reference = load_model(path, device, cfg.dtype).requires_grad_(False)
+    if cfg.lora:
+        run.adapters = add_adapters(model, cfg)
+    if cfg.steps:
+        run.optimizer = MasterAdamW(model.parameters(), masters_on, lr=cfg.lr, weight_decay=cfg.weight_decay)
     run.cache_tokens = cfg.cache_tokens or (state or {}).get("cache_tokens") or cache_room(run, cfg)
     if state:
         load_checkpoint(run, state, problems, out)
     else:
-        clear_run(out)
+        for name in RUN_FILES:  # of an earlier run, folders and files
+            shutil.rmtree(out / name, ignore_errors=True)
+            (out / name).unlink(missing_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2))
-    return run, problems, held_out, cfg
+    return run, problems, held_out
 
 
-def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Path, track) -> None:
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Path, service) -> None:
     """Iterations until cfg.steps or a signal to stop, with evaluations, rows of metrics, and checkpoints."""
     def finish(row, is_evaluated):
         if is_evaluated:  # each time with the same random numbers
             row |= evaluate(run, held_out, cfg, rng(run.model.device, cfg.seed, "evaluation"))
             scores = [f"{key[5:]} {row[key]:.3f}" for key in row if key.startswith("eval/")]
             say(f"step {run.step}: {', '.join(scores)}")
-        append_jsonl(out / "metrics.jsonl", row)
-        track(row)
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        if service:
+            service.log(row, step=run.step)
 
     if run.step == 0 and held_out:
         finish({"step": 0}, is_evaluated=True)
-    saved, failure = run.step, None
     with signals_caught() as caught, tqdm(initial=run.step, total=cfg.steps, desc="pipo", unit="step") as bar:
-        while run.step < cfg.steps and not caught and not failure:
-            row = None
-            try:
-                batch, row = iteration(run, pick_problems(problems, run.step + 1, cfg), cfg)
-                row["memory_gb"] = peak_memory_gb(run.model.device)
-                finish(row, held_out and (run.step == cfg.steps or run.step % cfg.eval_every == 0))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {run.step}: {error}; the last checkpoint is as it was")
-            except RewardError as error:
-                failure = error
-                if row is None:  # no weight has changed
-                    run.step -= 1
-                    break
-                finish(row, is_evaluated=False)
-            show = cfg.show_every and run.step % cfg.show_every == 0
-            append_jsonl(out / "samples.jsonl", *pick_samples(batch, run.step, show))
+        while run.step < cfg.steps and not caught:
+            asked = pick_problems(problems, run.step + 1, cfg)
+            batch, row = iteration(run, asked, cfg)
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+            finish(row, held_out and (run.step == cfg.steps or run.step % cfg.eval_every == 0))
+            if cfg.show_every and run.step % cfg.show_every == 0:
+                show_samples(batch, asked, run.step)
             bar.set_postfix({name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None})
             bar.update()
-            if cfg.save_every and run.step % cfg.save_every == 0:
-                saved = save_checkpoint(run, problems, cfg, out, saved)
-        if cfg.save_every and saved < run.step:
-            saved = save_checkpoint(run, problems, cfg, out, saved)
-    if failure:
-        raise failure
-    if caught and run.step < cfg.steps:
-        how = f"--resume goes on after step {saved}" if cfg.save_every else "nothing was saved"
-        raise KeyboardInterrupt(f"stopped after step {run.step}; {how}", caught[0])
+            is_last = caught or run.step == cfg.steps
+            if cfg.save_every and (is_last or run.step % cfg.save_every == 0):
+                save_checkpoint(run, problems, cfg, out)
+    if run.step < cfg.steps:
+        raise KeyboardInterrupt(f"stopped after step {run.step}" + "; --resume goes on" * bool(cfg.save_every))
 
 
 def train(cfg: Config, reward=None) -> list[dict]:
     """Run PIPO as `cfg` says; returns the rows of metrics.jsonl.
-
-    `reward`: a function (completion, answer, row of the data set) -> number, in place of the verifier. Raises
-    UserError for what the user can put right, FloatingPointError where numbers stop being finite, and
-    KeyboardInterrupt, its message saying how to go on, after a signal to stop.
-    """
+    `reward`: (completion, answer, row of the data set) -> number, in place of the verifier. Raises UserError for what
+    the user can put right, FloatingPointError for numbers that are not finite, KeyboardInterrupt after a signal."""
     cfg = settled(cfg, own_reward=reward is not None)
-    reward = reward or (load_reward(cfg.reward) if cfg.reward else None)
-    out = Path(cfg.out)
-    run, problems, held_out, cfg = set_up(cfg, out, open_run(cfg, out), reward)
-    size, tested = run.model.num_parameters() / 1e6, sum(map(len, held_out.values()))
-    say(f"{cfg.base} with feedback {cfg.feedback}: {size:,.1f}M parameters on {run.model.device}; {len(problems):,} "
-        f"training and {tested:,} held-out problems; {run.step} of {cfg.steps} steps done; files: {out}")
-    with open_tracker(cfg, run) as track:
-        loop(run, problems, held_out, cfg, out, track)
+    reward, out = reward or (load_reward(cfg.reward) if cfg.reward else None), Path(cfg.out)
+    run, problems, held_out = set_up(cfg, out, open_run(cfg, out), reward)
+    say(f"{run.step} of {cfg.steps} steps done; {run.model.num_parameters():,} weights on {cfg.device}; files: {out}")
+    service = import_module(cfg.tracker) if cfg.tracker else None  # wandb, or trackio with its three calls
+    if service:
+        same = {"id": run.name} if cfg.tracker == "wandb" else {}  # when resumed; trackio goes by the name
+        service.init(project=os.environ.get("WANDB_PROJECT", "pipo"), name=run.name, config=asdict(cfg),
+                     resume="allow", **same)
+    try:
+        loop(run, problems, held_out, cfg, out, service)
+    finally:
+        if service:
+            service.finish()
     if cfg.steps:
-        save_model(run, cfg.model or str(out / "start"), cfg, out)
-    rows = read_jsonl(out / "metrics.jsonl")
-    say(f"feedback: {dict(Counter(row['feedback'] for row in rows if 'feedback' in row))}; files: {out}")
-    return rows
+        save_model(run, out)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sampling. Each prompt is read once and its cache copied to the G rows of its group; rows that have ended are
-# dropped, and rows for which there is no room wait. The sampler alone knows what was drawn and how likely it
-# was, so the mask and the behavior policy's log-probabilities come from here, never from token ids later.
-# ------------------------------------------------------------------------------------------------------------
+# Sampling. Each prompt is read once and its cache copied to the G rows of its group. The sampler alone knows what was
+# drawn and how likely it was, so the mask and the behavior policy's log-probabilities come from here.
 
 
 # Rows times V of a wave: probabilities of so many tokens take little room (64 MB), whatever Q and G are.
@@ -756,22 +649,16 @@ def eos_ids(model, tokenizer) -> list[int]:
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     if tokenizer.chat_template:  # the EOS of a base model ends a document; its template ends a turn otherwise
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        with explained_as("the chat template of this model"):
-            _, answer, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")
+        _, answer, tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")
         first = tokenizer(tail.strip(), add_special_tokens=False).input_ids[:1] if answer else []
         ids.update(i for i in first if i in tokenizer.added_tokens_decoder)
-    ids.discard(None)
-    if not ids:
-        raise UserError("neither the model's generation_config nor its tokenizer names an end of sequence")
-    return sorted(ids)
+    return sorted(ids - {None})
 
 
 def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Tensor]:
     """Draw one token a row from (n, V) logits; temperature 0 takes the likeliest.
-
     Returns tokens (n,) and their log-probabilities (n,) under softmax(logits / temperature), before top-p
-    restricts what may be drawn: that is what the training step can compute again. (At temperature 0: at 1.)
-    """
+    restricts what may be drawn: that is what the training step can compute again. (At temperature 0: at 1.)"""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
     if temperature == 0:
         tokens = logprobs.argmax(-1)  # (n,)
@@ -784,17 +671,14 @@ def draw(logits, temperature=1.0, top_p=1.0, generator=None) -> tuple[Tensor, Te
         # one uniform number a row, not one a token; fp32 sums would lose the tail of a large V
         sums = probs.cumsum(-1, dtype=torch.float64)  # (n, V)
         u = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator)  # (n, 1)
-        tokens = torch.searchsorted(sums, u * sums[:, -1:], right=True)  # (n, 1)
-        tokens = tokens.clamp(max=sums.shape[1] - 1).squeeze(-1)  # (n,)
+        tokens = torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)[:, 0]  # (n,)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def shared_heads_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """transformers' SDPA; at one new token a row, the queries that share a key-value head become its rows.
-
-    Under a mask transformers would copy every key-value head to each of its queries, at every token: with long
-    prompts that is most of the time of sampling. query (n, heads, S, D), key and value (n, kv heads, S', D).
-    """
+    Under a mask transformers would copy every key-value head to each of its queries, at every token: most of the time
+    of sampling. query (n, heads, S, D), key and value (n, kv heads, S', D)."""
     n, heads, S, D = query.shape
     if S > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
@@ -827,9 +711,7 @@ class RoomyLayer(DynamicLayer):
 
 def move_rows(caches: list[Cache], rows: Tensor, room: int) -> Cache:
     """A cache of the given rows of `caches` (counted through, repeats allowed), with `room` free columns.
-
-    Empties `caches` layer by layer, so that the old memory is free before the next layer's is taken.
-    """
+    Empties `caches` layer by layer, so that the old memory is free before the next layer's is taken."""
     def moved(pieces, name):
         held = [vars(piece).pop(name) for piece in pieces]
         for piece in pieces:
@@ -848,10 +730,8 @@ def cache_name(model) -> str:
 
 def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     """Read n prefixes, equal ones once, `prefill_tokens` at a time.
-
     Returns their q caches in pieces, the next token's logits (n, V), what is no padding (n, P), and which of
-    the q each row is (n,).
-    """
+    the q each row is (n,)."""
     place = {prefix: k for k, prefix in enumerate(dict.fromkeys(prefixes))}
     ids = padded(place, model.device, "left")  # (q, P)
     seen = padded([[1] * len(prefix) for prefix in place], model.device, "left")  # (q, P)
@@ -869,14 +749,11 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
 
 def decode_chunk(model, cache, seen, token, logits, steps, pick):
     """Draw `steps` tokens for each of n rows; nothing is read back meanwhile, so that the GPU never waits.
-
     seen (n, P); the last token drawn (n,), not in the cache yet, or None and the next one's logits (n, V);
-    `pick` is `draw` with its settings. Returns tokens (n, steps), their log-probabilities, and `seen` as it is now.
-    """
+    `pick` is `draw` with its settings. Returns tokens (n, steps), their log-probabilities, and `seen` as it is now."""
     tokens, logprobs, name = [], [], cache_name(model)
     config = model.config.get_text_config()
-    is_plain = getattr(config, "rope_parameters", None) and not getattr(config, "sliding_window", None)
-    is_plain = is_plain and model.config._attn_implementation != "eager"  # which adds masks
+    is_plain = config._attn_implementation == "shared_heads" and not getattr(config, "sliding_window", None)
     for _ in range(steps):
         if token is not None:
             seen = F.pad(seen, (0, 1), value=1)  # (n, P + 1)
@@ -894,30 +771,26 @@ def decode_chunk(model, cache, seen, token, logits, steps, pick):
 @dataclass
 class Row:
     """One completion while it grows."""
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int]  # those of the prompt, then those that were drawn, as many as there are logprobs
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
-
-    def __len__(self):
-        return len(self.prompt) + len(self.tokens)
 
     def take(self, tokens, logprobs, eos, limit):
         """Append what was drawn up to the first EOS, or to `limit` tokens in all."""
         n = next((k for k, token in enumerate(tokens, 1) if token in eos), len(tokens))
-        n = min(n, limit - len(self.tokens))
+        n = min(n, limit - len(self.logprobs))
         self.tokens += tokens[:n]
         self.logprobs += logprobs[:n]
-        self.ended = self.tokens[-1] in eos or len(self.tokens) == limit
+        self.ended = self.tokens[-1] in eos or len(self.logprobs) == limit
 
 
 def carry_on(model, wave: list[Row], pick, eos: set[int], limit: int, room: int, chunk: int, prefill_tokens: int):
     """Carry on rows, `chunk` tokens at a time, until each has ended or, where `room` gets scarce, has to wait."""
-    caches, logits, seen, kept = prefill(model, [(*row.prompt, *row.tokens) for row in wave], prefill_tokens)
+    caches, logits, seen, kept = prefill(model, [tuple(row.tokens) for row in wave], prefill_tokens)
     token = None
     while wave:
         caches = [move_rows(caches, kept, chunk)]
-        steps = min(chunk, limit - min(len(row.tokens) for row in wave))
+        steps = min(chunk, limit - min(len(row.logprobs) for row in wave))
         tokens, logprobs, seen = decode_chunk(model, caches[0], seen, token, logits, steps, pick)
         if not logprobs.isfinite().all():
             raise FloatingPointError("the model's probabilities are not finite")
@@ -931,24 +804,23 @@ def carry_on(model, wave: list[Row], pick, eos: set[int], limit: int, room: int,
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperature=1.0, top_p=1.0,
-           generator=None, cache_tokens=None, rows_a_wave=None, chunk=None, prefill_tokens=16384) -> Batch:
+           generator=None, cache_tokens=sys.maxsize, rows_a_wave=None, chunk=None, prefill_tokens=16384) -> Batch:
     """Sample `group_size` completions of each of Q prompts (lists of token ids); temperature 0 is greedy.
-
     Works in waves of as many rows as the cache has room for, at most `rows_a_wave`. Every `chunk` tokens the rows
-    that have ended are dropped, and where the rest would outgrow `cache_tokens` (None: no bound), some wait for a
-    later wave, which reads in what they have so far. Running out of memory is no more than that: the wave ends,
-    and is tried again, the first time with the same room, later with less; only a single row that does not fit
-    raises. Raises FloatingPointError where the model's probabilities are not finite.
-    """
+    that have ended are dropped, and where the rest would outgrow `cache_tokens`, some wait for a later wave, which
+    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried again,
+    the first time with the same room, later with less; only a single row that does not fit raises. Raises
+    FloatingPointError where the model's probabilities are not finite."""
     model.eval()
-    device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens or sys.maxsize
+    device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens
     chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that has ended is carried on to the chunk's end
     pick = partial(draw, temperature=temperature, top_p=top_p, generator=generator)
-    rows = [Row(prompt) for prompt in prompts for _ in range(group_size)]  # N
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]  # N
+    rows = [Row([*prompt]) for prompt in prompts]  # N
     waiting, out_of_memory = rows, 0
     while waiting:
-        waiting = sorted(waiting, key=len)  # alike in length: little padding
-        fitting = sum(k * (len(row) + chunk) <= room for k, row in enumerate(waiting, 1))
+        waiting = sorted(waiting, key=lambda row: len(row.tokens))  # alike in length: little padding
+        fitting = sum(k * (len(row.tokens) + chunk) <= room for k, row in enumerate(waiting, 1))
         n = max(1, min(fitting, rows_a_wave or fitting))
         try:
             carry_on(model, waiting[:n], pick, eos, max_new_tokens, room, chunk, prefill_tokens)
@@ -957,28 +829,24 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
             if n == 1:
                 raise
             if out_of_memory > 1:
-                room = int(0.8 * min(room, sum(len(row) + chunk for row in waiting[:n])))
-        # Behind the except block, which holds the tensors of a failed pass: training, and a wave with less room,
-        # want pieces of other sizes than the allocator has kept. (Without a GPU this does nothing.)
+                room = int(0.8 * min(room, sum(len(row.tokens) + chunk for row in waiting[:n])))
+        # behind the except block, which holds a failed pass; what comes next wants pieces of other sizes
         torch.cuda.empty_cache()
         waiting = [row for row in waiting[n:] + waiting[:n] if not row.ended]
-
-    tokens = padded([row.tokens for row in rows], device)  # (N, T) T is the longest, no longer the limit
+    tokens = padded([row.tokens[-len(row.logprobs):] for row in rows], device)  # (N, T) T is the longest's
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
-    mask = padded([[1.0] * len(row.tokens) for row in rows], device)  # (N, T)
+    mask = padded([[1.0] * len(row.logprobs) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
     # Ends, padding and BOS are hidden; other special tokens, as those of a thought or a tool, can be the answer's.
     hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id} | eos
-    texts = [tokenizer.decode([token for token in row.tokens if token not in hidden]) for row in rows]
-    left = None if room == sys.maxsize else room
-    return Batch([row.prompt for row in rows], tokens, mask, behavior_logprobs, truncated, texts, left, out_of_memory)
+    texts = [tokenizer.decode([token for token in row.tokens[-len(row.logprobs):] if token not in hidden])
+             for row in rows]
+    return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, room, out_of_memory)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole. An
-# answer is found, cleaned, read by recursive descent into numbers, and compared; nothing is ever executed.
-# There is no timer: what may be asked is limited before any work is done.
-# ------------------------------------------------------------------------------------------------------------
+# Verifying. The verifier is the objective: a wrong "no" punishes a right answer, a wrong "yes" is a hole. An answer is
+# found, cleaned, read by recursive descent into numbers, and compared; nothing is executed, and all work is limited.
 
 MAX_TEXT = 1_000  # characters of an answer
 MAX_BITS = 20_000  # binary exponent of a power
@@ -1013,11 +881,8 @@ CUE = re.compile(r"(?:(?:final\s+)?answer\b[^.\n]{0,40}?(?:\bis\b|\bare\b|:|=)|f
 
 def extract_answer(text: str, thinking: bool = False) -> str | None:
     """The final answer of a completion as it was written, or None.
-
-    The last box; without any box <answer>x</answer>, then the last `#### x`, then "the answer is x" near the
-    end. Thoughts do not count, and `thinking` says that the prompt already opened one. There is no fallback:
-    a truncated or empty last box, or bare numbers in prose, are no answer.
-    """
+    The last box; without any box <answer>x</answer>, then the last `#### x`, then "the answer is x" near the end.
+    Thoughts do not count (`thinking`: the prompt opened one). A truncated last box, or bare numbers, are no answer."""
     parts = ("</think>" + "<think>" * thinking + text).split("<think>")  # the first is no thought
     text = "\n".join(part.rpartition("</think>")[2] for part in parts if "</think>" in part)
     last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"), 0)
@@ -1049,13 +914,12 @@ UNITS = table("""mm millimeter; cm centimeter; m meter; km kilometer; mi mile; i
     month; year; am; pm; l liter L; ml; mph; hz; cent ¢; $ dollar; € euro; £; % percent; ° degree; C celsius;
     A; T; Ω ohm; F fahrenheit; radian; / per; N newton; J joule; W watt; V volt; K kelvin""")
 # Words that change what is before them, so that it is no longer the answer.
-HEDGES = re.compile(r"""half|halve|third|quarter|[efhnst]\w*[dfhnrx]th|\w+t(?:y|ieth)|\w+teen(?:th)?|zero|one
-    |two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand|\w*illion(?:th)?|k|M|bn
-    |mil|lakh|crore|score|gross|not|neither|maybe|perhaps?|possibly|probably|likely|but|if|unless|except
-    |alternatively|less|fewer|more|greater|least|most|about|approx\w*|around|roughly|nearly|almost|ish|up
-    |otherwise|plus|below|point|squared?|cubed?|factorial|root|once|twice|thrice|(?:doubl|halv|tripl)ed?
-    |negat\w+|inverse|reciprocal|recurring|repeating|remainder|max\w*|min\w*mum|\w+uary|march|april|may|june
-    |july|august|(?:septem|octo|novem|decem)ber""", re.VERBOSE)
+HEDGES = re.compile(r"""half|halve|third|quarter|[efhnst]\w*[dfhnrx]th|\w+t(?:y|ieth)|\w+teen(?:th)?|zero|one|two|three
+    |four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand|\w*illion(?:th)?|k|M|bn|mil|lakh|crore
+    |score|gross|not|neither|maybe|perhaps?|possibly|probably|likely|but|if|unless|except|alternatively|less|fewer|more
+    |greater|least|most|about|approx\w*|around|roughly|nearly|almost|ish|up|otherwise|plus|below|point|squared?|cubed?
+    |factorial|root|once|twice|thrice|(?:doubl|halv|tripl)ed?|negat\w+|inverse|reciprocal|recurring|repeating|remainder
+    |max\w*|min\w*mum|\w+uary|march|april|may|june|july|august|(?:septem|octo|novem|decem)ber""", re.X)
 SHORT = "|".join([name for name in UNITS if name.isalpha() and len(name) > 1] + ["or", "and", "not"])
 GREEK = "alpha|beta|gamma|[dD]elta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|(?:var)?phi|psi|omega|Omega|pi"
 # a variable: x, \alpha, x_1, f', f(x), I(0), or a number in another base: 204_5
@@ -1332,9 +1196,6 @@ class Reader:
         return len(pairs) >= min(3, points) and all(are_near)
 
 
-# --- Judging
-
-
 def gold_of(answer):
     """The bare answer of a gold, which may be a solution that ends in `#### x` or has a box."""
     return extract_answer(answer) if "####" in answer or BOX.search(answer) else answer
@@ -1342,12 +1203,9 @@ def gold_of(answer):
 
 def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, str | None]:
     """(1.0 or 0.0, cause): whether the final answer of a completion equals the given answer.
-
-    `answer` is a bare answer, a GSM8K solution with its `#### x`, or a MATH solution with its box. `thinking`
-    says that the prompt opened a thought. `cause` is None when both could be compared, else "no_answer",
-    "unparsed" or "too_big", and then only the same cleaned text is equal. Never executes anything, never
-    raises, changes nothing, keeps nothing.
-    """
+    `answer` is bare, a GSM8K solution with its `#### x`, or a MATH solution with its box. `thinking`: the prompt opened
+    a thought. `cause` is None when both could be compared, else "no_answer", "unparsed" or "too_big", and then only
+    the same cleaned text is equal. Never executes anything, never raises, changes nothing, keeps nothing."""
     given, gold = extract_answer(completion, thinking), gold_of(answer)
     if given is None or gold is None:
         return 0.0, "no_answer"
@@ -1360,56 +1218,39 @@ def grade(completion: str, answer: str, thinking: bool = False) -> tuple[float, 
         return float(texts[0] == texts[1] != ""), error.args[0] if type(error) is Refused else "too_big"
 
 
-def readable(answer: str) -> bool:
-    """Whether a gold can be read; one that cannot is only compared as text."""
-    return grade(rf"\boxed{{{gold_of(answer)}}}", answer)[1] is None
-
-
 def verify(completion: str, answer: str, thinking: bool = False) -> float:
     """1.0 if the final answer of a completion equals the given answer, else 0.0; see `grade`."""
     return grade(completion, answer, thinking)[0]
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Data and models. All that touches the hub, a dataset or a chat template, so that the rest sees token ids and
-# tensors.
-# ------------------------------------------------------------------------------------------------------------
+# Data and models. All that touches the hub, a dataset or a chat template: the rest sees token ids and tensors.
 
 ASKING = ("prompt", "problem", "question", "messages")  # the first of these columns asks
 # Each row's answer is in the first of these that has one.
 ANSWERING = ("reward_model", "final_answer", "expected_answer", "answer", "ground_truth", "solution")
-PART_OF_QUESTION = {"choices", "options", "context", "passage"}  # columns that are not read, which is said
 MARKED = re.compile(r"\\(?:boxed|fbox)|####")  # a text that says what in it is the answer
 ROLES = {"human": "user", "gpt": "assistant"}
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 
 
 def load_rows(name: str, split: str) -> datasets.Dataset:
     """The rows of a file, a folder or a hub dataset: those of `split`, or of what comes nearest to it."""
     path, (hub_name, _, config) = os.path.expanduser(name), name.partition(":")
-    ending = Path(path).suffix.lower() if os.path.isfile(path) else None
     without = "" if split == "train" else " (--eval-every 0 does without it)"
     with explained_as(f"the dataset {name} can be read neither here nor from the hub{without}"):
-        if ending:
-            if ending not in READERS:
-                raise ValueError(f"it is not a {', '.join(READERS)} file")
-            options = {"sep": "\t"} if ending == ".tsv" else {}  # escape: or br1.jsonl is read for br[1].jsonl
-            splits = datasets.load_dataset(READERS[ending], data_files=glob.escape(os.path.abspath(path)), **options)
+        if os.path.isfile(path):
+            folder, file = os.path.split(os.path.abspath(path))
+            splits = datasets.load_dataset(folder, data_files=glob.escape(file))  # br[1].jsonl is no pattern
         elif os.path.exists(f"{path}/state.json") or os.path.exists(f"{path}/dataset_dict.json"):
             splits = datasets.load_from_disk(path)
         else:
             splits = datasets.load_dataset(path if os.path.isdir(path) else hub_name, config or None)
-    if isinstance(splits, datasets.Dataset):  # saved to disk without splits
-        return splits
-    found = next(name for name in (split, "validation", "valid", "val", "dev", *splits) if name in splits)
-    if found != split and not ending:  # a file has no other
-        say(f"note: the dataset {name} is read from its split {found!r}")
-    return splits[found]
+    splits = {split: splits} if isinstance(splits, datasets.Dataset) else splits  # saved to disk without any
+    return splits[next(name for name in (split, "validation", "valid", "val", "dev", *splits) if name in splits)]
 
 
 def find_columns(rows, columns: str, name: str, own_reward: bool, held_out: bool):
-    """The name of the column that asks, and a list of those that answer: `columns`, or else known ones.
-
-    Held-out problems may lack those of --columns. A reward function of one's own needs no answers.
-    """
+    """The column that asks, and those that answer: --columns, which held-out problems may lack, or else known ones."""
     present = getattr(rows, "column_names", None) or list(*rows[:1])
     asking, *answering = [column.strip() for column in columns.split(",")]
     if not columns or held_out and not {asking, *answering} <= set(present):
@@ -1419,17 +1260,12 @@ def find_columns(rows, columns: str, name: str, own_reward: bool, held_out: bool
     if not {asking, *answering} <= set(present) or not (answering or own_reward):
         raise UserError(f"{name} has the columns {', '.join(present) or '(none)'}: name two as in --columns "
                         f"question,answer; known are {', '.join(ASKING)} + {', '.join(ANSWERING)}")
-    unread = sorted(PART_OF_QUESTION.intersection(present) - {asking, *answering})
-    if unread:
-        say(f"note: only the column {asking} of {name} is asked, not {', '.join(unread)}")
     return asking, answering
 
 
 def read_golds(cell, worked: bool = False) -> list[str]:
     """The answers in a cell, any of which is right; so an answer of two parts is a single text, "1, 2".
-
-    Of a `worked` solution it is the last box (or GSM8K's ####), and none without one.
-    """
+    Of a `worked` solution it is the last box (or GSM8K's ####), and none without one."""
     if isinstance(cell, str) and re.match(r'\s*[\[{]\s*"', cell):  # JSON; [1, 2] is an interval
         with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
@@ -1437,8 +1273,6 @@ def read_golds(cell, worked: bool = False) -> list[str]:
         return read_golds(cell.get("ground_truth"), worked)
     if isinstance(cell, list):
         return [gold for item in cell for gold in read_golds(item, worked)]
-    if isinstance(cell, float) and cell.is_integer():  # a gap in a column makes all its numbers floats
-        cell = int(cell)
     text = "" if cell is None else str(cell).strip()
     bare = not worked and not MARKED.search(text)
     answer = extract_answer(text) or (text if bare else "")
@@ -1447,90 +1281,61 @@ def read_golds(cell, worked: bool = False) -> list[str]:
 
 
 def read_messages(cell) -> list[dict]:
-    """The messages of a prompt, a text being one of the user's; [] where one has no role or is not all text.
-
-    Understands {"role", "content"} and {"from", "value"}, and contents in parts.
-    """
+    """A prompt's messages of {"role", "content"} or {"from", "value"}, or one of the user's; [] if any has no text."""
     messages = []
     for turn in cell if isinstance(cell, list) else [{"role": "user", "content": cell}]:
         turn = turn if isinstance(turn, dict) else {}
         role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
-        parts = content if isinstance(content, list) else [content]
-        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-        if not role or not all(isinstance(text, str) for text in texts):
+        if not role or not isinstance(content, str):
             return []
-        messages.append({"role": ROLES.get(str(role), str(role)), "content": "".join(texts)})
+        messages.append({"role": ROLES.get(role, role), "content": content})
     return messages
 
 
 def encode(tokenizer, messages: list[dict], thinking: bool = False) -> list[int]:
-    """Token ids of a prompt: through the chat template where there is one, as plain text otherwise.
-
-    An assistant's message at the end is the start of the completion.
-    """
+    """Token ids of a prompt, by the chat template if there is one; an assistant's message at its end is continued."""
     if not tokenizer.chat_template:
         return tokenizer("\n\n".join(message["content"] for message in messages)).input_ids
     begun = messages[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not begun,
-                                         continue_final_message=begun, enable_thinking=thinking)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=not begun, continue_final_message=begun,
+                                         enable_thinking=thinking, return_dict=False)
 
 
-def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward: bool = False,
-                  trained_on: list[Problem] | None = None) -> list[Problem]:
+def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward=False, held_out=False) -> list[Problem]:
     """Turn dataset rows into problems; says how many were left out and why. UserError if none is left.
-
-    `own_reward`: for a reward function of the user's own, which gets the whole row and may need no answer.
-    `trained_on`: the training problems, where these are held out: what is among both is warned of.
-    """
-    asking, answering = find_columns(rows, cfg.columns, name, own_reward, held_out=trained_on is not None)
+    `own_reward`: for a reward function of the user's own, which gets the whole row and may need no answer."""
+    asking, answering = find_columns(rows, cfg.columns, name, own_reward, held_out)
     if isinstance(rows, datasets.Dataset) and not own_reward:
         rows = rows.select_columns(list({asking, *answering}))  # others can be images, or long
     # A solution is worked out if any is marked, or if another column has the answers; otherwise it is bare.
     worked = [column for column in answering if column.lower() == "solution"
               and (len(answering) > 1 or any(MARKED.search(str(row[column])) for row in rows))]
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    marks = [token for token in special if token in str(tokenizer.chat_template)]
-    problems, left_out, notes, prompts = [], Counter(), Counter(), {}
+    problems, left_out, encoded = [], Counter(), {}
     for number, row in enumerate(rows, 1):
         golds = next(filter(None, (read_golds(row[column], column in worked) for column in answering)), [])
         messages = read_messages(row[asking])
         if asking.lower() == "messages" and messages and messages[-1]["role"] == "assistant":
-            notes["end in an assistant's answer, which the model is not shown"] += 1
-            messages.pop()
+            messages.pop()  # the answer
         text = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-        notes["hold tokens of the chat template, into which they are put once more"] += any(m in text for m in marks)
         if isinstance(row[asking], str) and "\\boxed" not in text:
             messages[-1]["content"] += cfg.instruction
-        reason = "without an answer" if not golds and not own_reward else "without a question in text"
-        ids, key = [], json.dumps(messages)
+        ids, reason = [], "without a question in text" if golds or own_reward else "without an answer"
         if text.strip() and (golds or own_reward):
-            notes["ask what a row before them asks"] += key in prompts
+            reason, key = f"with a prompt of no token, or over {cfg.max_prompt_tokens}", json.dumps(messages)
             with explained_as(f"row {number} of {name} cannot be made a prompt"):  # a template is a program
-                ids = prompts[key] = prompts.get(key) or encode(tokenizer, messages, cfg.thinking)
-            reason = f"with a prompt over {cfg.max_prompt_tokens} tokens" if ids else "with no token to ask"
+                ids = encoded[key] = encoded.get(key) or encode(tokenizer, messages, cfg.thinking)
         if not 0 < len(ids) <= cfg.max_prompt_tokens:
             left_out[reason] += 1
             continue
         thinking = tokenizer.decode(ids[-10:]).rstrip().endswith("<think>")
         row = row if own_reward else {}  # rows can be large
-        problems.append(Problem(text, ids, (golds or [""])[0], tuple(golds), row, thinking))
-    report(problems, left_out, notes, name, own_reward, trained_on or [])
-    return problems
-
-
-def report(problems, left_out: Counter, notes: Counter, name: str, own_reward: bool, trained_on) -> None:
-    """Say what a user should know of the problems in a data set; UserError if there is none."""
+        problems.append(Problem(text, ids, tuple(golds), row, thinking))
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
         raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
-    as_text = [] if own_reward else [p.answer for p in problems if not any(map(readable, p.golds))]
-    known = {tuple(problem.prompt) for problem in trained_on}
-    notes["are trained on, too"] = sum(tuple(problem.prompt) in known for problem in problems)
-    notes[f"have an answer that is compared as text only, such as {as_text[:1]}"] = len(as_text)
-    for note, count in [(f"are left out: {reasons}", left_out.total()), *notes.items()]:
-        if count:
-            say(f"note: {count} rows of {name} {note}")
+    if reasons:
+        say(f"note: left out of {name}: {reasons}")
+    return problems
 
 
 def load_config(path: str):
@@ -1538,48 +1343,33 @@ def load_config(path: str):
     with explained_as(f"the model {path} can be read neither here nor from the hub"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for part in (config, config.get_text_config()):
-        part.update({name: 0.0 for name, x in vars(part).items()
-                     if isinstance(x, float) and re.search("drop|jitter|noise", name)})
+        part.update({name: 0.0 for name, value in vars(part).items()
+                     if isinstance(value, float) and re.search("drop|jitter|noise", name)})
     return config
 
 
-DATA_ROPES = ("longrope", "dynamic")  # ways to turn positions that depend on how long the text is
-
-
-def check_positions(path: str, longest: int) -> None:
-    """Refuse a model whose positions `longest` tokens would break; warn where they are only beyond its training."""
-    config = load_config(path).get_text_config()
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]  # one for all layers, or by kind
-    varying = [rope for rope in kinds if rope.get("rope_type") in DATA_ROPES]
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    limit = min([limit, *(rope.get("original_max_position_embeddings") or limit for rope in varying)])
-    if longest > limit and (varying or not ropes):
-        raise UserError(f"{path} has {limit:,} positions, or turns them otherwise beyond; a prompt and its "
-                        f"completion can take {longest:,}: give a smaller --max-new-tokens")
-    if longest > limit:
-        say(f"warning: {path} was made for {limit:,} tokens; a completion can end at {longest:,}")
-
-
-def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainable: bool = True):
-    """The causal language model at `path`; with `lora`, frozen but for float32 adapters of that rank.
-
-    Raises UserError where that is no such model, or not all of it.
-    """
+def load_model(path: str, device, dtype: str = "float32", longest: int = 0):
+    """The causal language model at `path`; UserError if it is none, or not whole, or `longest` breaks its positions."""
     config = load_config(path)
+    text_config = config.get_text_config()
+    ropes = getattr(text_config, "rope_parameters", None) or {}
+    is_varying = ropes.get("rope_type") in ("longrope", "dynamic")  # turned otherwise in a longer text
+    kept = ropes.get("original_max_position_embeddings") if is_varying else None
+    limit = kept or getattr(text_config, "max_position_embeddings", math.inf)
+    if longest > limit and (is_varying or not ropes):  # without any, positions are learned
+        raise UserError(f"{path} ends at {limit:,} tokens, but a completion can at {longest:,}: lower --max-new-tokens")
+    if "rope_theta" in ropes:  # will be saved where transformers 4 looks for it: it would take 10,000, in silence
+        text_config.rope_theta = ropes["rope_theta"]
     with explained_as(f"the model {path} cannot be loaded"):
         model, found = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(f"it lacks {', '.join(sorted(found['missing_keys']))}, which would be random")
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample, say, with which save_pretrained refuses to save
-        model.generation_config.do_sample = True
-    model = model.to(device).requires_grad_(trainable and not lora).eval()
-    if model.config._attn_implementation == "sdpa":
+    model.generation_config.do_sample = True  # or save_pretrained refuses those that name a temperature
+    model = model.to(device).eval()
+    if model.config._attn_implementation == "sdpa" and ropes:
         model.set_attn_implementation("shared_heads")
-    if model.device.type == "cuda" and trainable:
+    if model.device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(4, device=model.device)[None]  # (1, 4)
     with torch.no_grad(), explained_as(f"{path} is not built as this file expects"):
@@ -1587,43 +1377,35 @@ def load_model(path: str, device, dtype: str = "float32", lora: int = 0, trainab
         logits, plain = model(ids, use_cache=False).logits, model.get_output_embeddings()(hidden)
     if not torch.allclose(plain, logits, atol=1e-3, equal_nan=True):
         raise UserError(f"{path} changes its logits behind the output layer (cap or scale): not supported")
-    if lora:
-        with explained_as("--lora does not go with the peft that is installed"):
-            from peft import LoraConfig
-            model.add_adapter(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
-        for weight in trained_weights(model).values():
-            weight.data = weight.data.float()
     return model
 
 
-def trained_weights(model) -> dict[str, Tensor]:
-    """What is trained, by name: all weights, or the adapters."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def add_adapters(model, cfg: Config):
+    """Freeze a model but for LoRA adapters, in float32; returns peft's handle on them."""
+    torch.manual_seed(cfg.seed)  # they start at random
+    with explained_as("--lora does not go with the peft that is installed"):
+        from peft import LoraConfig, get_peft_model
+        return get_peft_model(model, LoraConfig(r=cfg.lora, lora_alpha=2 * cfg.lora, target_modules="all-linear"))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Memory. What it takes to train 4B parameters on one GPU: bf16 weights there, what AdamW needs in host memory,
-# and a share of what is then free on the card for the key-value cache. What runs out while sampling or training
-# is tried again in smaller pieces (sample, accumulate).
-# ------------------------------------------------------------------------------------------------------------
+# Memory. 4B parameters on one GPU: bf16 weights there, what AdamW needs in host memory, and a share of what is then
+# free on the card for the key-value cache. What runs out meanwhile is tried again in smaller pieces.
 
 RESIDENT_SHARE = 0.6  # of a card for weights, gradients and AdamW; with more, AdamW is in host memory
 CACHE_SHARE = 0.7  # of what is free, for the cache; the rest is for what a pass computes
-CGROUP = Path("/sys/fs/cgroup")  # where a container is told its limits
 
 
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies of the weights ("masters") on a device of their own; one tensor at a time goes there.
-
-    Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size. Gradients are
-    summed in fp32 as well, or the last of many micro-batches would be rounded away.
-    """
+    Without them bf16 weights would lose most updates: their spacing is up to 2^-7 of their size. Gradients are summed
+    in fp32, too, or the last of many would be rounded away. An fp32 weight on that device is its own master."""
 
     def __init__(self, weights, device, **options):
-        self.weights = list(weights)
+        self.weights = [weight for weight in weights if weight.requires_grad]
         for weight in self.weights:
             weight.grad_dtype = torch.float32
-        self.masters = [weight.detach().to(device, torch.float32, copy=True) for weight in self.weights]
+        self.masters = [weight.detach().to(device, torch.float32) for weight in self.weights]
         super().__init__(self.masters, fused=True, **options)
 
     @torch.no_grad()
@@ -1650,58 +1432,30 @@ class MasterAdamW(torch.optim.AdamW):
             weight.copy_(master.copy_(saved))
 
 
-def make_optimizer(model, cfg: Config):
-    """The one place where the optimizer is chosen: plain AdamW for fp32 weights that stay where they are."""
-    weights = list(trained_weights(model).values())
-    options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    where = torch.device("cpu") if cfg.optimizer_device == "cpu" else model.device
-    if where == model.device and all(weight.dtype == torch.float32 for weight in weights):
-        return torch.optim.AdamW(weights, fused=True, **options)
-    return MasterAdamW(weights, where, **options)
-
-
-def number_in(path, pattern=r"(\d+)") -> float:
-    """A number that the system tells in a file; infinite where it does not."""
-    found = re.search(pattern, Path(path).read_text(), re.MULTILINE) if Path(path).exists() else None
-    return int(found[1]) if found else math.inf
-
-
 def free_memory(device: torch.device) -> float:
     """Bytes that can be had on a device now; infinite where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what an earlier run of this process has kept
         return torch.cuda.mem_get_info(device)[0]
-    limit, used = number_in(CGROUP / "memory.max"), number_in(CGROUP / "memory.stat", r"^anon (\d+)")  # no files
-    return min(number_in("/proc/meminfo", r"^MemAvailable: *(\d+)") * 1024, limit - used if limit < math.inf else limit)
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+)", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else math.inf
 
 
-def peak_memory_gb(device: torch.device) -> float | None:
-    """The most memory held so far: on the GPU, or by this process (None where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = number_in("/proc/self/status", r"^VmHWM:\s*(\d+)")
-    return peak / 2**20 if peak < math.inf else None
-
-
-def fit_memory(cfg: Config, path: str, device: torch.device) -> Config:
-    """cfg with dtype, optimizer_device and save_every filled in; UserError for what cannot fit, before loading."""
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if cfg.dtype == "auto" else cfg.dtype
+def fit_memory(cfg: Config, path: str, device: torch.device) -> torch.device:
+    """Where AdamW's masters and moments are to be, the card or the host; UserError where they fit on neither."""
     with torch.device("meta"), explained_as(f"{path} is not a causal language model"):  # shapes only
-        shapes = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
-    n = shapes.num_parameters()
-    models = 2 if cfg.kl_coef and not cfg.lora else 1  # the reference, too
-    trained = 0 if cfg.lora or not cfg.steps else n  # adapters are small
-    gradients, adam = trained * 4, trained * 12  # AdamW: fp32 weights, two moments
-    resident = models * n * getattr(torch, dtype).itemsize + gradients
-    fits = resident + adam < RESIDENT_SHARE * free_memory(device)
-    where = (device.type if fits else "cpu") if cfg.optimizer_device == "auto" else cfg.optimizer_device
-    needs = {device: resident + adam} if where == device.type else {device: resident, torch.device("cpu"): adam}
+        n = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False).num_parameters()
+    models, trained = 2 if cfg.kl_coef else 1, 0 if cfg.lora or not cfg.steps else n  # adapters are small
+    resident = models * n * getattr(torch, cfg.dtype).itemsize + 4 * trained  # gradients are fp32
+    adam = 12 * trained  # the masters, two moments
+    where = device if resident + adam < RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
+    needs = {device: resident + adam} if where == device else {device: resident, where: adam}
     for place, needed in needs.items():
         if needed > free_memory(place):
-            raise UserError(f"{n / 1e6:,.0f}M weights in {dtype}, gradients and AdamW take {needed / 2**30:.1f} GiB "
-                            f"on {place}, where {free_memory(place) / 2**30:.1f} are free: --lora 16 takes far less")
-    save_every = (50 if n > 1e9 else 10) if cfg.save_every is None else cfg.save_every
-    return replace(cfg, dtype=dtype, optimizer_device=where, save_every=save_every)
+            raise UserError(f"{n:,} weights in {cfg.dtype}, gradients and AdamW take {needed / 2**30:.1f} GiB on "
+                            f"{place}, where {free_memory(place) / 2**30:.1f} are free: --lora 16 takes far less")
+    return where
 
 
 @torch.no_grad()
@@ -1710,8 +1464,8 @@ def cache_room(run: Run, cfg: Config) -> int:
     with explained_as("this model leaves nothing in a key-value cache that rows could be taken from"):
         caches, *_ = prefill(run.model, [(0,)], 1)
         token_share = CACHE_SHARE / sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
-    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]] if run.optimizer else []
-    moments = 8 * sum(weight.numel() for weight in weights if weight.device == run.model.device)  # not there yet
+    masters = run.optimizer.masters if run.optimizer else []
+    moments = 8 * sum(master.numel() for master in masters if master.device == run.model.device)  # not there yet
     longest = cfg.max_prompt_tokens + cfg.max_new_tokens
     room = token_share * (free_memory(run.model.device) - moments)
     if room < longest:
@@ -1722,7 +1476,6 @@ def cache_room(run: Run, cfg: Config) -> int:
 # ------------------------------------------------------------------------------------------------------------
 # The demo. The only code that a real run does not use: a tiny Qwen3 with a tokenizer of single characters learns
 # to add from worked examples until it is sometimes right (RL needs that), is saved, and loaded like any model.
-# ------------------------------------------------------------------------------------------------------------
 
 DEMO_EVAL, DEMO_WARM, DEMO_TRAIN, DEMO_DIGITS = 512, 16384, 16384, 3
 
@@ -1753,23 +1506,18 @@ def supervise(run: Run, warm: list[dict], cfg: Config, solved: float) -> None:
     solutions = [run.tokenizer(row["worked"]).input_ids + [run.tokenizer.eos_token_id] for row in warm[256:]]
     tokens = padded(solutions, run.model.device)  # (n, T)
     mask = padded([[1.0] * len(solution) for solution in solutions], run.model.device)  # (n, T)
-    step, right = 0, 0.0
-    with tqdm(desc="warm start", unit="step", leave=False) as bar:
-        while right < solved:
-            step += 1
-            if step > 2000:
-                raise UserError(f"the warm start solves {right:.0%} after 2,000 steps: a larger --max-new-tokens?")
-            rows = torch.randint(len(prompts), (64,), generator=rng("cpu", cfg.seed, "warm start", step))
-            logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
-            (-logprobs.sum() / mask[rows].sum()).backward()
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            if step % 10 == 0:
-                generator = rng(run.model.device, cfg.seed, "probe", step)
-                right = evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"]
-                bar.set_postfix(solved=f"{right:.0%}")
-            bar.update()
+    for step in tqdm(range(1, 2001), "warm start", leave=False):
+        rows = torch.randint(len(prompts), (64,), generator=rng("cpu", cfg.seed, "warm start", step))
+        logprobs = token_logprobs(run.model, [prompts[i] for i in rows], tokens[rows], mask[rows])  # (n, T)
+        (-logprobs.sum() / mask[rows].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if step % 10 == 0:
+            generator = rng(run.model.device, cfg.seed, "probe", step)
+            if evaluate(run, {"probe": probe}, cfg, generator)["eval_pass@1"] >= solved:
+                return
+    raise UserError("the warm start has solved too little after 2,000 steps: a larger --max-new-tokens?")
 
 
 def build_demo(folder: str, cfg: Config, warm: list[dict], device, solved: float = 0.25) -> None:
@@ -1791,177 +1539,78 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device, solved: float
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. A run is a folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, and at the end model/.
-# ------------------------------------------------------------------------------------------------------------
+# Files. A run is a folder: config.json, metrics.jsonl, checkpoint/, and at the end model/.
 
-# What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills.
-STOP_SIGNALS = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+# What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills. (Under nohup one is ignored.)
+STOP = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 CHECKPOINT = "checkpoint/state.pt"
-MODEL_STEP = "model/trainer_state.json"  # of which step the model is, where transformers puts it
-LOGS = ("metrics.jsonl", "samples.jsonl")
-RUN_FILES = ("config.json", *LOGS, "checkpoint", "model")
-# What may change when a run goes on: what does not shape training, and paths, as files move. (Another cache draws
-# other samples, another micro-batch rounds otherwise.)
-MAY_DIFFER = set("""steps out resume overwrite model dataset reward eval_dataset eval_every eval_samples
-    eval_temperature save_every show_every tracker cache_tokens microbatch_tokens""".split())
-TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
-    merges.txt tokenizer.model chat_template.jinja""".split()
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "model")
+# What may change when a run goes on: what does not shape training, and paths, as files move.
+MAY_DIFFER = set("""steps out resume overwrite model dataset reward device eval_dataset eval_every eval_samples
+    save_every show_every tracker cache_tokens microbatch_tokens""".split())
 
 
 def open_run(cfg: Config, out: Path) -> dict | None:
     """The checkpoint to go on from, or None where a run begins; UserError for what is in the way."""
     with explained_as(f"the output folder {out} cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
-    present = [out / name for name in RUN_FILES if os.path.lexists(out / name)]
-    start = Path(cfg.model).expanduser().resolve()
-    if cfg.model and (start == out.resolve() or start.is_relative_to(out.resolve() / "model")):
-        raise UserError(f"the model {cfg.model} is in {out}, where a run replaces it: give another --out")
     if cfg.resume and (out / CHECKPOINT).is_file():
-        return read_checkpoint(cfg, out)
-    # a job that was killed before its first save
-    only_begun = cfg.resume and cfg.save_every != 0 and not (out / "model").exists()
-    if present and not cfg.overwrite and not only_begun:
-        raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on from its checkpoint, "
-                        "if there is one")
+        with explained_as(f"the checkpoint in {out} cannot be used"):
+            state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)  # not read twice
+            before = state["config"]
+        changed = [f"{flag(name)} was {before.get(name)!r}, is {value!r}" for name, value in asdict(cfg).items()
+                   if name not in MAY_DIFFER and value != before.get(name)]
+        if changed:
+            raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
+        return state
+    present = [name for name in RUN_FILES if (out / name).exists()]
+    if present and not cfg.overwrite and not (cfg.resume and "model" not in present):  # killed before its first save
+        raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on if it has a checkpoint")
     return None
 
 
-def read_checkpoint(cfg: Config, out: Path) -> dict:
-    """The state that a run left, if the settings that shape training are the same (else UserError)."""
-    with explained_as(f"the checkpoint in {out} cannot be used"):
-        state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)  # not twice in memory
-        before, step = state["config"], state["step"]
-    now = asdict(cfg) | {"device": pick_device(cfg).type}
-    changed = [f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in now
-               if name not in MAY_DIFFER and now[name] not in (before.get(name), "auto")]
-    if changed:
-        raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
-    if step > cfg.steps:
-        raise UserError(f"{out} already stands at step {step}, beyond --steps {cfg.steps}")
-    return state
-
-
-def clear_run(out: Path) -> None:
-    """Delete the files of an earlier run, and only those."""
-    for path in (out / name for name in RUN_FILES):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def loose_weights(run: Run) -> dict[str, Tensor]:
-    """The trained weights that the optimizer's state does not hold: masters stand for those made from them."""
-    return {} if isinstance(run.optimizer, MasterAdamW) else trained_weights(run.model)
-
-
-def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path, saved: int) -> int:
-    """All that a resumed run needs, written beside the old checkpoint and swapped in whole; the step that is saved.
-
-    A full disk does not end the run: it is said, and the checkpoint of step `saved` stays.
-    """
+def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path) -> None:
+    """All that a resumed run needs, swapped in whole. If the disk is full, that is said and the old one stays."""
     path = out / CHECKPOINT
     partial_file = path.with_suffix(".partial")
     path.parent.mkdir(exist_ok=True)
-    previous = replace(run.previous, problems=None, ref_logprobs=None)  # without what no step on it needs
-    state = {"config": asdict(cfg) | {"device": run.model.device.type}, "problems": len(problems),
-             "model": loose_weights(run), "optimizer": run.optimizer.state_dict(),
-             "window": list(run.tracker.history), "previous": vars(previous),
+    state = {"config": asdict(cfg), "problems": len(problems), "optimizer": run.optimizer.state_dict(),
+             "window": list(run.tracker.history), "previous": vars(run.previous),
              "step": run.step, "name": run.name, "cache_tokens": run.cache_tokens}
     try:
-        with open(partial_file, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(state, partial_file)
+        os.replace(partial_file, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
         partial_file.unlink(missing_ok=True)
-        say(f"warning: step {run.step} could not be saved, the last checkpoint is of step {saved}: {error}")
-        return saved
-    os.replace(partial_file, path)
-    return run.step
+        say(f"warning: step {run.step} could not be saved, the checkpoint before it stays: {error}")
 
 
 def load_checkpoint(run: Run, state: dict, problems: list[Problem], out: Path) -> None:
     """Bring a fresh `run` to where it was saved, and cut its logs back to there."""
     with explained_as(f"the checkpoint in {out} does not fit"):
-        if state["problems"] != len(problems) or state["model"].keys() != loose_weights(run).keys():
-            raise ValueError("it was trained on another number of problems, or has other weights")
-        run.model.load_state_dict(state["model"], strict=False)  # the others are those of the start
+        if state["problems"] != len(problems):
+            raise ValueError(f"it was trained on {state['problems']} problems, not {len(problems)}")
         run.optimizer.load_state_dict(state["optimizer"])
-        for moments in run.optimizer.state.values():  # out of the mapped file one by one, never twice
-            moments.update({name: value.clone() for name, value in moments.items()})
         run.tracker.history.extend(state["window"])
         run.step, run.name = state["step"], state["name"]
-        run.previous = Batch(**{name: x.to(run.model.device, copy=True) if isinstance(x, Tensor) else x
-                                for name, x in state["previous"].items()})
-        for path in (out / name for name in LOGS):
-            lines = path.read_bytes().splitlines(keepends=True)  # the last may be half of one, after a kill
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= run.step]
-            os.truncate(path, sum(map(len, kept)))
-    if (out / MODEL_STEP).exists():
-        say(f"{out}/model is of step {json.loads((out / MODEL_STEP).read_text())['global_step']} until this run ends")
+        run.previous = Batch(**{name: value.to(run.model.device) if isinstance(value, Tensor) else value
+                                for name, value in state["previous"].items()})
+        log = out / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True)  # the last may be half of one, after a kill
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= run.step]
+        os.truncate(log, sum(map(len, kept)))
 
 
-def save_model(run: Run, start: str, cfg: Config, out: Path) -> None:
+def save_model(run: Run, out: Path) -> None:
     """model/, a plain folder that transformers, vLLM and --model read; written beside an old one, swapped in whole."""
-    if not all(weight.isfinite().all() for weight in trained_weights(run.model).values()):
-        raise FloatingPointError(f"step {run.step}: the weights are not finite; a lower --lr may help")
-    if cfg.lora:
-        merge_adapters(run.model)
-    folder = out / "partial" / "model"
+    if run.adapters:
+        run.adapters.merge_and_unload()  # what is left of run.model is a plain one
+    partial_folder = out / "model.partial"
     with explained_as(f"the model could not be saved in {out}, --resume tries again"):
-        run.model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-        suit_transformers_4(folder, start)
-        (folder.parent / MODEL_STEP).write_text(json.dumps({"global_step": run.step}))
+        run.model.save_pretrained(partial_folder)
+        run.tokenizer.save_pretrained(partial_folder)
         shutil.rmtree(out / "model", ignore_errors=True)
-        os.replace(folder, out / "model")
-        folder.parent.rmdir()
-
-
-def merge_adapters(model) -> None:
-    """Make a model with LoRA adapters a plain one again, by adding them to its weights."""
-    from peft.tuners.lora import LoraLayer
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            model.set_submodule(name, layer.get_base_layer())
-    model._hf_peft_config_loaded = False  # or transformers would save adapters alone
-
-
-def suit_transformers_4(folder: Path, start: str) -> None:
-    """Put a model's positions where transformers 4 (of many a vLLM) looks for them, with the start's tokenizer files.
-
-    It would take theta 10,000 for any other and no scaling, in silence, and knows no TokenizersBackend.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    ropes = config.get("rope_parameters") or {}  # of all layers, or by kind of layer
-    rope = ropes.get("full_attention", ropes)
-    if rope:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if len(scaling) > 1 else None}
-    if "sliding_attention" in ropes:
-        config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for file in TOKENIZER_FILES:
-        kept = Path(start, file) if Path(start).is_dir() else try_to_load_from_cache(start, file)
-        if isinstance(kept, (str, Path)) and Path(kept).exists():
-            shutil.copy(kept, folder)
-    path = folder / "tokenizer_config.json"
-    text = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    path.write_text(text.replace('"extra_special_tokens": [', '"additional_special_tokens": ['))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file with one JSON object a line."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def append_jsonl(path: Path, *rows: dict) -> None:
-    """Put rows behind those of a file."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(partial_folder, out / "model")
 
 
 @contextmanager
@@ -1976,8 +1625,7 @@ def signals_caught():
         say("finishing this step, then saving; a second signal stops at once, unsaved")
 
     with suppress(ValueError):  # off the main thread no signal can be caught
-        heeded = [sign for sign in STOP_SIGNALS if signal.getsignal(sign) != signal.SIG_IGN]  # not under nohup
-        before = {sign: signal.signal(sign, catch) for sign in heeded}
+        before = {sign: signal.signal(sign, catch) for sign in STOP if signal.getsignal(sign) != signal.SIG_IGN}
     try:
         yield caught
     finally:
@@ -1988,15 +1636,10 @@ def signals_caught():
 # ------------------------------------------------------------------------------------------------------------
 # Command line. One dataclass holds all settings: its fields are the flags, their --help and config.json. What
 # the user can put right is one sentence and exit code 2, before anything is loaded or deleted.
-# ------------------------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
     """Something the user can put right: shown as one sentence, exit code 2."""
-
-
-class RewardError(UserError):
-    """A reward function of the user's own failed."""
 
 
 def say(text: str) -> None:
@@ -2013,8 +1656,7 @@ def explained_as(what: str):
     except (UserError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
-        only_says_so = str(error) == "An error occurred while generating the dataset"
-        cause = error.__cause__ if only_says_so and error.__cause__ else error
+        cause = error.__cause__ or error  # datasets says why in the first error of two
         raise UserError(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
 
 
@@ -2044,20 +1686,16 @@ class Config:
     temperature: float = option(0.7, "of sampling, in training and evaluation", 0.01, demo=1.0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", 0.01, 1)
     cache_tokens: int = option(None, "room of the key-value cache (what fits)", 1)
-    mask_truncated: bool = option(False, "completions cut off by the limit: advantage 0 (means, KL keep them)")
     # the base objective (both steps; the KL in exploration only)
     base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
-    clip_low: float = option(None, "lower clip of the ratio (the base's own)", 0, 1)
-    clip_high: float = option(None, "upper clip of the ratio (the base's own)", 0)
     kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", 0)
     # the feedback (verification step)
-    feedback: str = option("pipo", "scales the verification step: phi(xi), --constant, or none at all",
-                           choices=("pipo", "none", "constant"))
+    feedback: str = option("pipo", "what scales the verification step", choices=("pipo", "none", "constant"))
     window: int = option(8, "K, past mean rewards that the present one is held against", 2)
     lam: float = option(0.1, "lambda, the weight of a fall in reward against a rise", 0, 1)
     xi_clip: float = option(None, "cut xi to [-this, this] (no cut, as in the paper)", 0)
     constant: float = option(0.43, "coefficient of --feedback constant (0.43: phi's mean on noise)", -math.inf)
-    # the optimizer
+    # the optimizer, precision
     lr: float = option(None, "learning rate (1e-6; with --lora 1e-4)", 1e-12, demo=1e-4)
     pi_lr: float = option(None, "learning rate of the verification step (--lr)", 1e-12)
     weight_decay: float = option(0.01, "AdamW's weight decay", 0)
@@ -2065,11 +1703,7 @@ class Config:
     minibatches: int = option(1, "optimizer steps a batch is split into, in both steps (paper: 2)", 1)
     epochs: int = option(1, "passes over a batch in the exploration step; the last one is logged", 1)
     microbatch_tokens: int = option(8192, "padded tokens a backward pass (memory only)", 1, demo=2048)
-    # precision and memory
-    dtype: str = option("auto", "of the weights; AdamW's are float32 (auto: bfloat16 on a GPU, else float32)",
-                        demo="float32", choices=("auto", "float32", "bfloat16"))
-    optimizer_device: str = option("auto", "where AdamW's weights and moments are (auto: on the card, if they fit)",
-                                   choices=("auto", "cpu", "cuda"))
+    dtype: str = option("", "of the weights (bfloat16 on a GPU, else float32)", choices=("", "float32", "bfloat16"))
     lora: int = option(0, "rank of LoRA adapters to train instead of all weights (needs peft)", 0)
     # the run
     seed: int = option(0, "the same seed gives the same run (on the same CPU, to the last bit)")
@@ -2080,8 +1714,7 @@ class Config:
     # evaluating, saving, showing
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", 0, demo=20)
     eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", 1)
-    eval_temperature: float = option(None, "of evaluation; 0 is greedy (--temperature)", 0)
-    save_every: int = option(None, "steps between saves, 0: none (10; from 1B parameters on 50)", 0, demo=20)
+    save_every: int = option(10, "steps between checkpoints, 0 for none", 0, demo=20)
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", 0, demo=20)
     tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio"))
 
@@ -2096,62 +1729,41 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def pick_device(cfg: Config) -> torch.device:
-    """The device that --device names; a UserError if there is no such device here."""
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with explained_as(f"--device is {device!r}"):  # an unknown name, or a torch without CUDA
-        return torch.empty(0, device=device).device
-
-
-def validate(cfg: Config) -> None:
-    """Refuse settings that make no sense (raises UserError)."""
+def settled(cfg: Config, own_reward: bool = False) -> Config:
+    """The settings as config.json takes them, with what others decide filled in, and valid (raises UserError).
+    MATH is the default only where neither a data set nor a reward is named: its rows would not fit another's."""
+    cfg = Config(**json.loads(json.dumps(asdict(cfg), default=str)))  # Paths become text, tuples lists
+    with explained_as(f"--device is {cfg.device!r}"):  # an unknown name, or a torch without CUDA
+        device = torch.empty(0, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    train_set, eval_sets = cfg.dataset, [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
+    if cfg.model and not (train_set or cfg.reward or own_reward):
+        train_set, eval_sets = MATH[0], eval_sets or [MATH[1]]
+    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
+    cfg = replace(cfg, dataset=train_set, eval_dataset=eval_sets if cfg.eval_every else [], device=str(device),
+                  lr=(1e-4 if cfg.lora else 1e-6) if cfg.lr is None else cfg.lr,
+                  dtype=cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+                  out=os.path.expanduser(cfg.out or f"runs/{name}"))
     for f in fields(cfg):
         value, (low, high, choices) = getattr(cfg, f.name), (f.metadata[k] for k in ("low", "high", "choices"))
         is_inside = low is None or value is None or low <= value <= high and abs(value) < math.inf
         if not is_inside or choices and value not in choices:
             raise UserError(f"{flag(f.name)} is {value!r}: it must be {choices or f'from {low:g} to {high:g}'}")
-    device = pick_device(cfg)
     for is_wrong, sentence in (
             (cfg.prompts_per_step % cfg.minibatches, "--minibatches must divide --prompts-per-step"),
-            (cfg.resume and cfg.overwrite, "--overwrite contradicts --resume; give one of the two"),
             (cfg.lora and not find_spec("peft"), "--lora needs the package peft (pip install peft)"),
             (cfg.tracker and not find_spec(cfg.tracker), f"--tracker needs the package {cfg.tracker}"),
             (not cfg.model and (cfg.dataset or cfg.eval_dataset), "a --dataset needs --model: the demo makes its own"),
             (cfg.model and cfg.steps and not cfg.dataset, "--dataset is missing: the data that --reward is made for"),
             (not cfg.steps and not (cfg.eval_dataset if cfg.model else cfg.eval_every),
-             "--steps is 0 and there is no --eval-dataset"),
-            (cfg.optimizer_device not in ("auto", "cpu", device.type), f"--optimizer-device must be on {device}"),
-            (device.type not in ("cpu", "cuda"), f"--device is {device}: it must be cpu or a CUDA device")):
+             "--steps is 0 and there is no --eval-dataset")):
         if is_wrong:
             raise UserError(sentence)
-
-
-def settled(cfg: Config, own_reward: bool = False) -> Config:
-    """The settings as config.json takes them, with what others decide filled in, and valid (raises UserError).
-
-    MATH is the default only where neither a data set nor a reward is named: its rows would not fit another's.
-    """
-    def plain(value):  # a Path as a str, numpy's number as Python's, several as a list
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "item", lambda: value)()
-
-    cfg = replace(cfg, **{f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)})
-    train_set, eval_sets = cfg.dataset, [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
-    if cfg.model and not (train_set or cfg.reward or own_reward):
-        train_set, eval_sets = MATH[0], eval_sets or [MATH[1]]
-    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
-    cfg = replace(cfg, dataset=train_set, eval_dataset=eval_sets if cfg.eval_every else [],
-                  lr=(1e-4 if cfg.lora else 1e-6) if cfg.lr is None else cfg.lr,
-                  out=os.path.expanduser(cfg.out or f"runs/{name}"))
-    validate(cfg)
     return cfg
 
 
 def parse(arguments: list[str]) -> Config:
     """Flags from the fields of Config; without --model, the demo's values stand where none was given."""
-    parser = argparse.ArgumentParser(description="PIPO in one file. Without --model: an offline demo.",
-                                     usage="python pipo.py [--setting value ...]; --help lists them",
+    parser = argparse.ArgumentParser(usage="python pipo.py [--setting value ...]; without --model: the demo",
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     types, kinds = get_type_hints(Config), {bool: dict(action="store_true"), list[str]: dict(nargs="+")}
     for f in fields(Config):
@@ -2159,28 +1771,21 @@ def parse(arguments: list[str]) -> Config:
         demo = f" (demo: {DEMO[f.name]})" if DEMO.get(f.name) else ""
         kind = kinds.get(types[f.name], dict(type=types[f.name], choices=f.metadata["choices"]))
         parser.add_argument(flag(f.name), help=f.metadata["help"] + default + demo, **kind)
-    words = [re.sub(r"^--\w+", lambda name: flag(name[0][2:]), word) for word in arguments]  # --max_new_tokens
-    given = vars(parser.parse_args(words))
-    if given.get("model") == "":
-        raise UserError("--model is empty: name a model, or leave the flag away for the demo")
-    return Config(**({} if "model" in given else DEMO) | given)
+    given = vars(parser.parse_args(arguments))
+    return Config(**({} if given.get("model") else DEMO) | given)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 2 for what the user can put right, 1 for a run that broke down."""
+    """The command line; returns the exit code: 2 for what the user can put right, 130 after a signal to stop."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails becomes a sentence
     transformers.utils.logging.disable_progress_bar()
     try:
         train(parse(sys.argv[1:] if arguments is None else arguments))
         return 0
-    except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
-        code, said = 2 if isinstance(error, UserError) else 1, error
-    except KeyboardInterrupt as error:
-        said, sign = error.args or ("stopped; the last checkpoint, if any, is as it was", signal.SIGINT)
-        code = 128 + sign
-    print(f"pipo: {said}", file=sys.stderr)
-    return code
+    except (UserError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print(f"pipo: {str(error) or 'stopped; the last checkpoint, if any, is as it was'}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ from transformers import (
 import pipo
 from pipo import (
     BASES, Config, ImprovementTracker, UserError, extract_answer, grade, group_advantages,
-    improvement_rewards, policy_loss, readable, sample, token_logprobs, verify)
+    improvement_rewards, policy_loss, sample, token_logprobs, verify)
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -97,9 +97,9 @@ def iterate(monkeypatch):
         batch = pipo.Batch([[7]] * N, tokens, mask, -mask, truncated, texts)
         monkeypatch.setattr(pipo, "sample", lambda *_, **__: batch)
         monkeypatch.setattr(pipo, "update", noted)
-        monkeypatch.setattr(pipo, "check_sampler", lambda *_: None)
+        monkeypatch.setattr(pipo, "trainer_logprobs", lambda model, *_: -mask if model is run.model else f"by {model}")
         calls.clear()
-        _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], "1", ("1",), {})] * len(rewards), cfg)
+        _, row = pipo.iteration(run, [pipo.Problem("What is 1?", [7], ("1",), {})] * len(rewards), cfg)
         return batch, row, list(calls)
 
     return one_iteration
@@ -111,6 +111,15 @@ def start(cfg, *past_means):
     for mu in past_means:
         tracker.push(mu)
     return pipo.Run(SimpleNamespace(device=CPU, dtype=torch.float32), None, None, tracker)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def readable(gold):
+    """Whether the verifier can read a gold."""
+    return grade(rf"\boxed{{{pipo.gold_of(gold)}}}", gold)[1] is None
 
 
 def close(x, expected):
@@ -196,7 +205,7 @@ def test_real_iterations_learn_to_answer():
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = [[3, 4, 5], [7], [8, 9, 10, 11, 12, 13], [2, 2]]
-PROBLEMS = [pipo.Problem("What is 1?", prompt, "1", ("1",), {}) for prompt in PROMPTS]
+PROBLEMS = [pipo.Problem("What is 1?", prompt, ("1",), {}) for prompt in PROMPTS]
 
 
 def tiny_model(seed=0, spread=0.3, **changes):
@@ -312,10 +321,10 @@ def test_every_setting_is_held_to_its_range_or_choices(f, monkeypatch):
     for value in ["other"] if choices else [low - 1, low - 1e-9, high + 1, math.nan, math.inf, -math.inf]:
         must = f"{pipo.flag(f.name)} is {value!r}: it must be {choices or f'from {low:g} to {high:g}'}"
         with pytest.raises(UserError, match=f"^{re.escape(must)}$"):
-            pipo.validate(replace(cfg, **{f.name: value}))
+            pipo.settled(replace(cfg, **{f.name: value}))
     for value in choices or (low, high, f.default):
         if value not in ("cuda", math.inf, -math.inf):
-            pipo.validate(replace(cfg, **{f.name: value}))
+            pipo.settled(replace(cfg, **{f.name: value}))
 
 
 def test_a_generator_depends_on_its_key_alone():
@@ -372,9 +381,6 @@ def test_tracker_by_hand():
     for _ in range(3):
         tracker.push(0.1)  # where rounding would leave a sigma of 1e-17
     assert tracker.feedback(0.9) is None
-    for window, lam in ((1, 0.1), (8, 1.5), (8, -0.1)):
-        with pytest.raises(ValueError):
-            ImprovementTracker(window, lam)
 
 
 def test_phi_on_a_plateau():
@@ -581,11 +587,11 @@ HALF_AND_HALF, ALL_WRONG = [[1, 1, 0, 0]], [[0, 0, 0, 0]]
 @pytest.mark.parametrize("base", BASES)
 def test_both_steps_get_the_objective_and_the_settings(iterate, base, monkeypatch):
     """Guards against another base's advantages (Dr. GRPO's have no std), and a setting lost or of the other step."""
-    cfg = Config(base=base, window=2, kl_coef=0.01, clip_high=0.5, lr=1e-3, pi_lr=5e-4, temperature=0.9,
+    cfg = Config(base=base, window=2, kl_coef=0.01, lr=1e-3, pi_lr=5e-4, temperature=0.9,
                  minibatches=2, microbatch_tokens=77, max_grad_norm=3.0, max_new_tokens=9, epochs=2)
     run = start(cfg, 0)
     run.optimizer = object()
-    monkeypatch.setattr(pipo, "reference_logprobs", lambda run, batch, cfg: f"of step {run.step}")
+    run.reference = "the start"
     b1, *_ = iterate(run, [[1, 0, 0, 0], [1, 1, 1, 1]], cfg)
     b2, row, (verification, *exploration) = iterate(run, [[1, 1, 1, 0], [0, 0, 0, 0]], cfg)
     size = 1.0 if base == "dr_grpo" else 0.5  # of the std that is divided by
@@ -593,13 +599,13 @@ def test_both_steps_get_the_objective_and_the_settings(iterate, base, monkeypatc
     phi = 2**0.5 / 10  # of 3/8 against the window 0, 5/8; the attribution is the same whatever the base
     assert close(verification.coefficients, [[2 * phi, *[-2/3 * phi] * 3], [0.0] * 4])
     assert verification.batch is b1 and verification.lr == 5e-4 and verification.objective.kl_coef == 0
-    assert len(exploration) == 2 and b2.ref_logprobs == "of step 2"
+    assert len(exploration) == 2 and b2.ref_logprobs == "by the start"
     for step in exploration:
         assert step.batch is b2 and step.coefficients is b2.advantages
         assert step.lr == 1e-3 and step.objective.kl_coef == 0.01
     for step in (verification, *exploration):
         assert step.model is run.model and step.optimizer is run.optimizer
-        assert step.objective._replace(kl_coef=0) == BASES[base]._replace(clip_high=0.5, max_new_tokens=9)
+        assert step.objective._replace(kl_coef=0) == BASES[base]._replace(max_new_tokens=9)
         assert (step.temperature, step.minibatches) == (0.9, 2)
         assert (step.microbatch_tokens, step.max_grad_norm) == (77, 3.0)
 
@@ -833,7 +839,7 @@ def test_rows_that_had_to_wait_go_on_as_if_they_had_not(model, tokenizer, monkey
     assert torch.equal(whole.tokens, cut.tokens) and torch.equal(whole.mask, cut.mask)
     assert (whole.behavior_logprobs - cut.behavior_logprobs).abs().max() < 1e-5
     assert max(passes[10:])[0] < 16 and max(passes)[0] <= options.get("rows_a_wave", 16)
-    assert cut.cache_tokens == options.get("cache_tokens") if options else cut.cache_tokens <= 100
+    assert cut.cache_tokens == options.get("cache_tokens", sys.maxsize) if options else cut.cache_tokens <= 100
 
 
 def test_running_out_of_memory_is_tried_again_before_the_room_shrinks(model, tokenizer, monkeypatch):
@@ -860,16 +866,6 @@ def test_the_cache_is_written_in_place(model):
     assert cache.get_seq_length() == 7 and cache.layers[0].all_keys.data_ptr() == storage
 
 
-
-
-def test_truncated_completions_can_be_left_out_of_updates(iterate):
-    """Their coefficient is 0, in both steps; mu and their group's mean and spread still count them."""
-    cfg = Config(window=2, mask_truncated=True)
-    run = start(cfg, 1/8)
-    _, row, (exploration,) = iterate(run, [[1, 0, 0, 0]], cfg, cut_off=(1, 3))
-    assert row["mu"] == 1/4 and close(exploration.coefficients, [[1.5, 0.0, -0.5, 0.0]])
-    _, row, (verification, _) = iterate(run, HALF_AND_HALF, cfg)
-    assert close(verification.coefficients, [[3 * row["phi"], 0.0, -row["phi"], 0.0]])  # of mean size phi
 
 
 def test_pass_at_k_is_unbiased(model, tokenizer, monkeypatch):
@@ -1245,11 +1241,11 @@ def test_random_sets_of_reals():
 USER = [{"role": "user", "content": "q"}]
 
 
-def read(rows, tokenizer, name="rows", own_reward=False, trained_on=None, **settings):
+def read(rows, tokenizer, name="rows", own_reward=False, held_out=False, **settings):
     """Problems from a list of rows, read as a dataset would be: with no instruction, unless given."""
     rows = Dataset.from_list(rows) if rows and isinstance(rows, list) else rows
     cfg = Config(**{"instruction": "", **settings})
-    return pipo.read_problems(rows, tokenizer, cfg, name, own_reward=own_reward, trained_on=trained_on)
+    return pipo.read_problems(rows, tokenizer, cfg, name, own_reward=own_reward, held_out=held_out)
 
 
 def sentence_of(call, *args, **options):
@@ -1301,7 +1297,7 @@ def test_file_types(tmp_path, monkeypatch):
     for name, write in {
             "br1.jsonl": lambda path: path.write_text("other"), "br[1].jsonl": rows.to_json,
             "rows.json": lambda path: path.write_text(json.dumps(rows.to_list())), "rows.csv": rows.to_csv,
-            "rows.TSV": functools.partial(rows.to_csv, sep="\t"), "rows.parquet": rows.to_parquet,
+            "rows.tsv": functools.partial(rows.to_csv, sep="\t"), "rows.parquet": rows.to_parquet,
             "folder": lambda path: (path.mkdir(), rows.to_parquet(path / "train.parquet")),
             "disk[1]": rows.save_to_disk, "disks": DatasetDict(test=rows, train=rows).save_to_disk}.items():
         write(tmp_path / name)
@@ -1317,43 +1313,38 @@ GOLDS = [
     ("[" * 100_000 + '"', ["[" * 100_000 + '"']), ('["a",' * 100_000, ['["a",' * 100_000]),
     ('{"ground_truth": "5", "style": "rule"}', ["5"]), ({"ground_truth": ["5", "\\boxed{6}"]}, ["5", "6"]),
     ({"ground_truth": {"target": 24, "numbers": [1, 2]}}, []), ('{"target": 24}', []),  # Countdown
-    (["1", None, ["2", 3.0]], ["1", "2", "3"]), ([], []), ("[]", []), (None, []), (float("nan"), []), ("NaN", []),
-    (27.0, ["27"]), (0, ["0"]), (2.5, ["2.5"]), (float("inf"), ["inf"]), ("proof", []), ("notfound", []),
+    (["1", None, ["2", 3]], ["1", "2", "3"]), ([], []), ("[]", []), (None, []), (float("nan"), []), ("NaN", []),
+    (27.0, ["27.0"]), (0, ["0"]), (2.5, ["2.5"]), (float("inf"), ["inf"]), ("proof", []), ("notfound", []),
     ("  ", []), ("\\boxed{}", []), ("None of these", ["None of these"]), ("so\n#### 1,234", ["1,234"]),
     (" 5 ", ["5"]),
 ]
 
 
 def test_golds(tokenizer, capsys):
-    """A gold that no completion can equal: "27.0", "None", the JSON of a list, a dictionary, a page of prose."""
+    """A gold that no completion can equal: "None", the JSON of a list, a dictionary, a page of prose."""
     for cell, golds in GOLDS:
         assert pipo.read_golds(cell) == golds, str(cell)[:99]
     # a solution column is worked out, or bare, as a whole
     rows = [{"problem": letter, "solution": text} for letter, text in zip("abc", ("5", "x + 1", "\\frac12"))]
-    assert [p.answer for p in read(rows, tokenizer)] == ["5", "x + 1", "\\frac12"]
+    assert [p.golds[0] for p in read(rows, tokenizer)] == ["5", "x + 1", "\\frac12"]
     rows.append({"problem": "ab", "solution": "so \\boxed{7}"})
-    assert [p.answer for p in read(rows, tokenizer)] == ["7"]
+    assert [p.golds[0] for p in read(rows, tokenizer)] == ["7"]
     assert "3 without an answer" in capsys.readouterr().out
     rows = [{"problem": "ab", "answer": answer, "solution": "so \\boxed{5}"} for answer in ("", None, "proof", "6")]
     assert [p.golds for p in read(rows, tokenizer)] == [("5",), ("5",), ("5",), ("6",)]
     batch = SimpleNamespace(texts=[r"\boxed{0.5}", r"\boxed{3}", "none"], tokens=torch.zeros(1))  # any gold counts
-    assert pipo.grade_all(batch, [pipo.Problem("", [3], "1/2", ("1/2", "x=3"), {})])[0].tolist() == [[1, 1, 0]]
+    assert pipo.grade_all(batch, [pipo.Problem("", [3], ("1/2", "x=3"), {})])[0].tolist() == [[1, 1, 0]]
 
 
-def test_columns(tokenizer, capsys):
-    """A name that is not there was passed over; choices and passages were left out of the question, unsaid."""
+def test_columns(tokenizer):
+    """A name that is not there was passed over."""
     rows = [{"query": "ab", "response": "so \\boxed{5}", "problem": "x", "answer": "6"}]
     assert [(p.text, p.golds) for p in read(rows, tokenizer, columns="query, response")] == [("ab", ("5",))]
     for columns in ("query,label", "query", "query,"):
         assert "rows has the columns query, response, pro" in sentence_of(read, rows, tokenizer, columns=columns)
-    usual, = read([{"problem": "ab", "answer": "7"}], tokenizer, columns="query,response", trained_on=[])
-    assert usual.answer == "7"  # held-out problems of the usual layout go with training problems of another
+    usual, = read([{"problem": "ab", "answer": "7"}], tokenizer, columns="query,response", held_out=True)
+    assert usual.golds == ("7",)  # held-out problems of the usual layout go with training problems of another
     assert "rows has the columns (none)" in sentence_of(read, [], tokenizer)
-    rows = [{"question": "ab", "choices": ["1", "2"], "passage": "cd", "answer": "5"}]
-    for columns, unread in [("", {"choices", "passage"}), ("passage,answer", {"choices"})]:
-        read(rows, tokenizer, columns=columns)
-        said = capsys.readouterr().out.partition(" is asked, not ")[2]
-        assert set(said.strip().split(", ")) == unread
 
 
 def test_large_columns_are_not_read_and_rows_only_kept_for_ones_own_reward(tokenizer):
@@ -1362,41 +1353,27 @@ def test_large_columns_are_not_read_and_rows_only_kept_for_ones_own_reward(token
     row = {"problem": "ab", "answer": "5", "image": {"bytes": b"no picture", "path": None}}
     assert [p.row for p in read(Dataset.from_list([row], features=datasets.Features(kinds)), tokenizer)] == [{}]
     problem, = read([{"problem": "ab", "nums": [1, 2]}], tokenizer, own_reward=True)
-    assert (problem.answer, problem.golds, problem.row) == ("", (), {"problem": "ab", "nums": [1, 2]})
+    assert (problem.golds, problem.row) == ((), {"problem": "ab", "nums": [1, 2]})
 
 
-def test_what_is_left_out_or_odd_in_the_data_is_said(tokenizer, capsys, monkeypatch):
-    """Rows that vanish; proofs, which train on nothing; held-out problems that were learned by heart."""
+def test_what_is_left_out_of_the_data_is_said(tokenizer, capsys, monkeypatch):
+    """Rows that vanish; a data set that asks each problem a hundred times was tokenised for minutes."""
     good = {"problem": "ab", "answer": "1"}
     rows = [good | change for change in (dict(answer=""), dict(answer=None), dict(problem="abcdefgh"), {}, dict(
         problem=None), dict(problem=" "), dict(problem="123"))]
     assert [p.text for p in read(rows, tokenizer, max_prompt_tokens=5)] == ["ab"]
-    assert ("2 without an answer; 1 with a prompt over 5 tokens; 2 without a question in text; 1 with no token "
-            "to ask") in capsys.readouterr().out
+    assert ("2 without an answer; 2 with a prompt of no token, or over 5; 2 without a question in text"
+            ) in capsys.readouterr().out
     assert "no usable problem in rows: 1 without" in sentence_of(read, [good | {"answer": None}], tokenizer)
-    rows = [{"problem": letter, "answer": answer} for letter, answer in zip("abca", ("5", "??", "!!", "5"))]
-    monkeypatch.setattr(pipo, "readable", str.isdigit)
     plain, asked = pipo.encode, []
     monkeypatch.setattr(pipo, "encode", lambda *args: (asked.append(1), plain(*args))[1])
-    problems = read(rows, tokenizer)
-    assert len(problems) == 4 and len(asked) == 3  # all are kept, but tokenised once
-    said = capsys.readouterr().out
-    assert "2 rows of rows have an answer that is compared as text only, such as ['??']" in said
-    assert "1 rows of rows ask what a row before them asks" in said and said.count("\n") == 2
-    read(rows[:3], tokenizer, own_reward=True)
+    assert len(read([{"problem": letter, "answer": "5"} for letter in "abca"], tokenizer)) == 4 and len(asked) == 3
     assert capsys.readouterr().out == ""
-    read([rows[0], {"problem": "z", "answer": "5"}], tokenizer, "exam", trained_on=problems)
-    assert "1 rows of exam are trained on, too" in capsys.readouterr().out
-    marked = letter_tokenizer()
-    marked.chat_template = "{{ messages[0].content }}<eos>"
-    read([{"problem": "ab<eos>", "answer": "5"}, {"problem": "cd", "answer": "5"}], marked)
-    assert "1 rows of rows hold tokens of the chat template" in capsys.readouterr().out
 
 
 SO = {"role": "assistant", "content": "so"}
 ASKED_SO = [
     ("prompt", USER, "(uq)g"),
-    ("prompt", [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}], "(uab)g"),
     ("prompt", [*USER, SO], "(uq)(aso"),  # an answer that was begun is gone on with
     ("messages", [*USER, SO], "(uq)g"),  # an answer to learn from is not shown
     ("prompt", [{"from": "system", "value": "z"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "so"},
@@ -1404,7 +1381,7 @@ ASKED_SO = [
 ]
 
 
-def test_prompts_through_the_chat_template(model, tokenizer, capsys):
+def test_prompts_through_the_chat_template(model, tokenizer):
     """A chat model without its template never emits EOS; a message without content was the word None."""
     chat, thinker = letter_tokenizer(LETTERS + "()"), letter_tokenizer()
     chat.chat_template = ("{% for m in messages %}({{ m.role[0] }}{{ m.content }}){% endfor %}"
@@ -1412,8 +1389,7 @@ def test_prompts_through_the_chat_template(model, tokenizer, capsys):
     for column, cell, asked in ASKED_SO:
         problem, = read([{column: cell, "answer": "5"}], chat)
         assert chat.decode(problem.prompt) == asked
-        assert problem.text == ("r" if "ur" in asked else "ab" if "ab" in asked else "q")
-    assert capsys.readouterr().out.count("1 rows of rows end in an assistant's answer") == 1
+        assert problem.text == ("r" if "ur" in asked else "q")
     picture = [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "text", "text": "q"}]}]
     for cell in ([{"role": "user", "content": None}], [{"content": "q"}], [], picture):
         assert "1 without a question in text" in sentence_of(read, [{"prompt": cell, "answer": "5"}], chat)
@@ -1439,20 +1415,19 @@ def test_dropout_and_noise_are_off(tokenizer, tmp_path):
     assert metrics["logprob_gap"] < 1e-5 and metrics["clip_fraction"] == 0
 
 
-def test_positions_beyond_those_of_the_model(tmp_path, capsys):
+def test_positions_beyond_those_of_the_model(tmp_path):
     """Learned ones ended in an IndexError; turned otherwise later, cached keys were of no use: a gap of 2.2."""
-    ways = dict(factor=4.0, short_factor=[1.0] * 64, long_factor=[2.0] * 64, original_max_position_embeddings=24)
+    ways = dict(factor=4.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=24)
     for kind, more in (("learned", {}), ("longrope", ways), ("dynamic", ways), ("default", {})):
         rope = dict(rope_type=kind, rope_theta=1e4, **more)
-        config = GPT2Config(n_positions=24) if kind == "learned" else LlamaConfig(
-            max_position_embeddings=128 if kind == "longrope" else 24, rope_parameters=rope)
-        config.save_pretrained(tmp_path)
-        pipo.check_positions(str(tmp_path), 24)
+        config = GPT2Config(vocab_size=28, n_embd=32, n_layer=1, n_head=2, n_positions=24) if kind == "learned" else (
+            LlamaConfig(vocab_size=28, hidden_size=32, intermediate_size=32, num_hidden_layers=1, rope_parameters=rope,
+                        num_attention_heads=4, max_position_embeddings=128 if kind == "longrope" else 24))
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        pipo.load_model(str(tmp_path / kind), CPU, longest=24)
         if kind != "default":
-            assert "has 24 positions" in sentence_of(pipo.check_positions, str(tmp_path), 25), kind
-    assert capsys.readouterr().out == ""
-    pipo.check_positions(str(tmp_path), 25)
-    assert "was made for 24 tokens; a completion can end at 25" in capsys.readouterr().out
+            assert "ends at 24 tokens" in sentence_of(pipo.load_model, str(tmp_path / kind), CPU, longest=25), kind
+    pipo.load_model(str(tmp_path / "default"), CPU, longest=25)
 
 
 def test_models_that_cannot_be_trained_are_refused(folder, tmp_path, monkeypatch):
@@ -1468,7 +1443,7 @@ def test_models_that_cannot_be_trained_are_refused(folder, tmp_path, monkeypatch
     where = in_folder(AutoModelForCausalLM.from_config(capped), tmp_path / "capped")
     refused(folder, tmp_path / "run", "changes its logits behind the output layer", model=str(where))
     larger = in_folder(tiny_model(), tmp_path / "larger", letter_tokenizer(LETTERS + "ABCDE"))
-    refused(folder, tmp_path / "run", "has a token 32, but the model no embedding for it", model=str(larger))
+    refused(folder, tmp_path / "run", "has tokens that the model has no embedding for", model=str(larger))
     plain = pipo.draw
     monkeypatch.setattr(pipo, "draw", lambda *args, **how: tuple(
         x + 0.02 if x.is_floating_point() else x for x in plain(*args, **how)))
@@ -1497,33 +1472,24 @@ def test_a_reward_of_ones_own(folder, tmp_path, rewards_file):
         assert f"{spec!r}: it must be file.py:function" in sentence_of(pipo.load_reward, spec)
 
 
-def test_a_reward_that_fails_ends_the_run_with_its_last_step_saved(folder, tmp_path):
-    """A judge that is down for a minute cost the run; sys.exit(0) in it gave exit code 0 for half a run."""
-    def judge(completion, _, row):
-        if (tmp_path / "metrics.jsonl").exists() and len(pipo.read_jsonl(tmp_path / "metrics.jsonl")) == 3:
-            sys.exit(0)
-        return np.float32(len(completion))
-
-    cfg = settings(folder, tmp_path, save_every=2, steps=5)
-    with pytest.raises(pipo.RewardError, match="judge.*SystemExit"):
-        pipo.train(cfg, reward=judge)
-    assert saved(tmp_path)["step"] == 3
-    assert len(pipo.train(replace(cfg, resume=True), reward=lambda text, *_: len(text))) == 5
-    batch, problem = SimpleNamespace(texts=["so"], tokens=torch.zeros(1)), pipo.Problem("asked", [3], "1", (), {})
-    for reward, part in [(lambda *_: None, "NoneType"), (lambda *_: "yes", "str"), (lambda *_: math.nan, "nan"),
-                         (lambda *_: object(), "object"), (lambda *_: 1 / 0, "ZeroDivision")]:
+def test_a_reward_that_fails_is_told_with_what_it_was_given():
+    """sys.exit(0) in it gave exit code 0 for half a run; nan made every advantage of its group nan."""
+    batch, problem = SimpleNamespace(texts=["so"], tokens=torch.zeros(1)), pipo.Problem("asked", [3], ("1",), {})
+    for reward, part in [(lambda *_: None, "NoneType"), (lambda *_: "yes", "could not convert"),
+                         (lambda *_: math.nan, "nan"), (lambda *_: object(), "object"),
+                         (lambda *_: 1 / 0, "ZeroDivision"), (lambda *_: sys.exit(0), "SystemExit")]:
         said = sentence_of(pipo.grade_all, batch, [problem], reward)
-        assert part in said and reward.__name__ in said and "'so'" in said and "'asked'" in said
+        assert part in said and "'so'" in said and "'asked'" in said
+    assert pipo.grade_all(batch, [problem], lambda *_: np.float32(0.5))[0].tolist() == [[0.5]]
 
 
 def test_metrics_go_to_a_tracker_only_when_asked(folder, tmp_path, graded_by_coin, monkeypatch):
     """Fed with the rows of metrics.jsonl, under the same name when resumed; finished after an error, too."""
     sent = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        init=lambda **options: sent.append(options | {"id": os.environ["WANDB_RUN_ID"]}),
+        init=lambda **options: sent.append(options),
         log=lambda row, step: sent.append(row), finish=lambda: sent.append("finished")))
     monkeypatch.setenv("WANDB_PROJECT", "sums")
-    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     monkeypatch.setattr(pipo, "find_spec", lambda name: True)
     cfg = settings(folder, tmp_path / "run", steps=1, tracker="wandb")
     assert [*pipo.train(cfg), "finished"] == sent[1:] and sent[0]["project"] == "sums"
@@ -1572,12 +1538,12 @@ def test_small_updates_and_gradients_of_bf16_weights_are_not_lost():
 
 
 @on_gpu
-@pytest.mark.parametrize("optimizer_device", ["cpu", "cuda"])
-def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, optimizer_device):
+@pytest.mark.parametrize("masters_on", ["cpu", "cuda"])
+def test_a_run_on_a_gpu_learns_in_bf16_and_resumes(folder, tmp_path, graded_by_coin, monkeypatch, masters_on):
     """bf16 weights on the card, masters here or there: the policy that samples is the one that is trained."""
-    changes = dict(device="cuda", optimizer_device=optimizer_device)
-    pipo.train(settings(folder, tmp_path, steps=4, **changes))
-    rows = pipo.train(settings(folder, tmp_path, steps=6, resume=True, **changes))
+    monkeypatch.setattr(pipo, "fit_memory", lambda *_: torch.device(masters_on))
+    pipo.train(settings(folder, tmp_path, steps=4, device="cuda"))
+    rows = pipo.train(settings(folder, tmp_path, steps=6, resume=True, device="cuda"))
     assert len(rows) == 6 and all(row["logprob_gap"] < 0.05 for row in rows) and rows[-1]["memory_gb"] < 4
 
 
@@ -1593,27 +1559,20 @@ def test_what_fits_where(monkeypatch):
 
     def fitted(card, host, **changes):
         monkeypatch.setattr(pipo, "free_memory", lambda device: {"cuda": card, "cpu": host}[device.type] * 1e9)
-        return pipo.fit_memory(Config(model="4b", **changes), "4b", torch.device("cuda"))
+        return pipo.fit_memory(Config(model="4b", dtype="bfloat16", **changes), "4b", torch.device("cuda")).type
 
-    cfg = fitted(149, 200)  # the 139 GiB of an H200
-    assert (cfg.dtype, cfg.optimizer_device, cfg.save_every) == ("bfloat16", "cuda", 50)
-    assert fitted(80, 128).optimizer_device == "cpu" and fitted(24, 32, lora=16).optimizer_device == "cuda"
-    assert fitted(85, 128, optimizer_device="cuda", save_every=7).save_every == 7
+    assert fitted(149, 200) == "cuda"  # the 139 GiB of an H200
+    assert fitted(80, 128) == "cpu" and fitted(24, 32, lora=16) == "cuda"
     assert "take 22.5 GiB on cuda, where 20.5 are free" in sentence_of(fitted, 22, 128)
     assert "take 45.0 GiB on cpu, where 27.9 are free" in sentence_of(fitted, 80, 30)
     assert "take 30.0 GiB on cuda" in sentence_of(fitted, 30, 128, kl_coef=0.1)  # a reference policy
 
 
-def test_the_room_of_the_cache(tmp_path, monkeypatch):
-    """A share of what is free: a token of the tiny model is 2 layers x 2 heads x 8 x (key, value) x 4 bytes.
-    In a container the host's table alone is wrong, and the run was killed."""
-    monkeypatch.setattr(pipo, "CGROUP", tmp_path)
-    for limit, least, most in (("max", 2**20, math.inf), ("3000000", 2_600_000, 2_600_000)):
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.stat").write_text("anon 400000\nfile 500000\n")  # files can be forgotten
-        assert least <= pipo.free_memory(CPU) <= most
+def test_the_room_of_the_cache(monkeypatch):
+    """A share of what is free: a token of the tiny model is 2 layers x 2 heads x 8 x (key, value) x 4 bytes."""
+    assert pipo.free_memory(CPU) > 2**20
     run = pipo.Run(tiny_model(), None, None, None)
-    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    run.optimizer = pipo.MasterAdamW(run.model.parameters(), CPU)
     cfg = Config(prompts_per_step=4, group_size=4, max_prompt_tokens=10, max_new_tokens=20)
     moments = 8 * run.model.num_parameters()  # AdamW makes them at its first step
     for free, room in ((moments + 256 * 100, int(pipo.CACHE_SHARE * 100)), (math.inf, 16 * 30)):
@@ -1656,7 +1615,7 @@ def test_the_demo_end_to_end(tmp_path):
     done = subprocess.run(**demo)
     said, out = done.stdout + done.stderr, tmp_path / "runs" / "demo-grpo-pipo-seed0"
     assert done.returncode == 0 and "step 0: demo" in said and "step 1, reward" in said, said
-    rows = pipo.read_jsonl(out / "metrics.jsonl")
+    rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and (out / "model").is_dir()
 
 
@@ -1666,7 +1625,7 @@ def test_the_demo_end_to_end(tmp_path):
 
 
 def test_files_of_a_run(folder, tmp_path, graded_by_coin):
-    """Metrics hold every number that the README explains; samples, a right and a wrong one of each step."""
+    """Metrics hold every number that the README explains."""
     (tmp_path / "b").mkdir()
     sets = [str(folder / "train.jsonl"), shutil.copy(folder / "train.jsonl", tmp_path / "b")]  # of one name
     cfg = settings(folder, tmp_path / "run", eval_every=2, eval_dataset=sets, eval_samples=2, kl_coef=0.01, steps=4)
@@ -1679,17 +1638,13 @@ def test_files_of_a_run(folder, tmp_path, graded_by_coin):
     assert set(expected) <= set(rows[-1]) and [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval_pass@1" in row] == [0, 2, 4] and "mu" not in rows[0]
     assert rows[1]["ratio"] == pytest.approx(1, abs=1e-4) and rows[1]["logprob_gap"] < 1e-4
-    samples, names = pipo.read_jsonl(tmp_path / "run" / "samples.jsonl"), set(os.listdir(tmp_path / "run"))
-    assert {(sample["step"], sample["reward"]) for sample in samples} == {
-        (row["step"], right) for row in rows[1:] for right in (0, 1) if row["mu"] != 1 - right}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model"}
+    assert set(os.listdir(tmp_path / "run")) == {"config.json", "metrics.jsonl", "checkpoint", "model"}
 
 
 def assert_same_run(one, other):
-    """The same metrics but for times, the same samples, the same bits."""
-    rows = [without_times(pipo.read_jsonl(out / "metrics.jsonl")) for out in (one, other)]
+    """The same metrics but for times, the same bits."""
+    rows = [without_times(read_jsonl(out / "metrics.jsonl")) for out in (one, other)]
     assert rows[0] == rows[1] and any("pi_loss" in row for row in rows[0])
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
     assert torch.equal(weights(one / "model"), weights(other / "model"))
 
 
@@ -1711,7 +1666,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_unbroken_one(
         if len(calls) < call:
             return plain(*args, **options)
         if name == "save":
-            args[1].write(b"half of it")
+            args[1].write_bytes(b"half of it")
         raise GeneratorExit  # which no `except` of pipo.py catches, as nothing catches SIGKILL
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(GeneratorExit):
@@ -1722,9 +1677,9 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_unbroken_one(
     pipo.train(replace(cfg, resume=True))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert os.listdir(tmp_path / "run" / "checkpoint") == ["state.pt"]
-    if "dtype" in changes:  # masters stand for the weights, which would be there twice
-        assert saved(tmp_path / "run")["model"] == {} and whole[0]["logprob_gap"] < 0.05
-    if "lora" in changes:  # the reference is the model with its adapters off
+    if "dtype" in changes:
+        assert whole[0]["logprob_gap"] < 0.05
+    if "lora" in changes:  # the reference is the start
         assert whole[0]["kl"] == pytest.approx(0, abs=1e-7) and whole[-1]["kl"] > 1e-6
 
 
@@ -1749,60 +1704,51 @@ def test_processes_that_are_stopped_or_killed_go_on_as_if_nothing_had_been(folde
         said[sign] = "".join(run.communicate(timeout=90))
         assert run.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[sign], said[sign]
     steps, of_stopped = {sign: saved(out)["step"] for sign, out in outs.items()}, said[signal.SIGINT]
-    assert f"--resume goes on after step {steps[signal.SIGINT]}\n" in of_stopped and "Traceback" not in of_stopped
+    assert f"stopped after step {steps[signal.SIGINT]}; --resume goes on\n" in of_stopped and "Traceback" not in of_stopped
     for out in (tmp_path / "whole", *outs.values()):
         pipo.train(replace(cfg, out=str(out), resume=True, steps=max(steps.values()) + 2))
         assert_same_run(tmp_path / "whole", out)
-    assert "\\xe9" in of_stopped and '"problem": "é' in (tmp_path / "whole" / "samples.jsonl").read_text("utf-8")
+    assert "\\xe9" in of_stopped
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_to_stop_saves_and_says_how_to_go_on(folder, tmp_path, graded_by_coin, monkeypatch, capsys, name):
-    """What a scheduler sends before it kills ended the run at once, with nothing saved. Exit code 128 + n."""
+    """What a scheduler sends before it kills ended the run at once, with nothing saved."""
     number, plain = getattr(signal, name), pipo.iteration
-    flags = (f"--model {folder}/model --dataset {folder}/train.jsonl --max_new_tokens 4 --group-size 2 "
+    flags = (f"--model {folder}/model --dataset {folder}/train.jsonl --max-new-tokens 4 --group-size 2 "
              f"--device cpu --prompts-per-step 2 --steps 5 --out {tmp_path}").split()
     monkeypatch.setattr(pipo, "iteration", lambda run, *given: (
         run.step == 1 and signal.raise_signal(number), plain(run, *given))[1])
     before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, which pipo respects
-    assert pipo.main(flags) == 128 + number and saved(tmp_path)["step"] == 2 and not (tmp_path / "model").exists()
-    assert "pipo: stopped after step 2; --resume goes on after step 2\n" in capsys.readouterr().err
+    assert pipo.main(flags) == 130 and saved(tmp_path)["step"] == 2 and not (tmp_path / "model").exists()
+    assert "pipo: stopped after step 2; --resume goes on\n" in capsys.readouterr().err
     with pipo.signals_caught() as caught, pytest.raises(KeyboardInterrupt):  # a second stops at once
         for _ in range(2):
             signal.raise_signal(number)
     assert signal.signal(number, before) == signal.SIG_DFL and caught == [number]
 
 
-def test_a_run_that_breaks_down_names_its_step_and_meets_it_again(folder, tmp_path, graded_by_coin):
-    """A NaN must stop the run, never be trained through, nor be saved as a model after the last step."""
+def test_a_run_that_breaks_down_meets_it_again(folder, tmp_path, graded_by_coin):
+    """A NaN must stop the run, never be trained through."""
     for resume in (False, True):
-        with pytest.raises(FloatingPointError, match="step 2: .*; the last checkpoint is as it was$"):
+        with pytest.raises(FloatingPointError, match="not finite|gradient norm"):
             pipo.train(settings(folder, tmp_path, lr=1e30, resume=resume))
-        assert saved(tmp_path)["step"] == 1
-    with pytest.raises(FloatingPointError, match="step 1: the weights are not finite"):
-        pipo.train(settings(folder, tmp_path, steps=1, lr=1e300, overwrite=True))
-    assert not (tmp_path / "model").exists()
+        assert saved(tmp_path)["step"] == 1 and not (tmp_path / "model").exists()
 
 
-def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin, capsys):
+def test_runs_are_not_overwritten_and_resume_names_what_differs(folder, tmp_path, graded_by_coin):
     """Guards against a run of days that a mistyped command deletes, or goes on with under other settings."""
     pipo.train(settings(folder, tmp_path, steps=2, resume=True))  # with nothing to go on from, it begins
     (tmp_path / "short.jsonl").write_text('{"problem": "ab", "answer": "1"}')
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     for changes, sentence in [
-            ({}, "already holds a run: --overwrite deletes it, --resume goes on from its checkpoint"),
-            (dict(resume=True, steps=1), "already stands at step 2, beyond --steps 1"),
-            (dict(resume=True, dataset=f"{tmp_path}/short.jsonl"), "another number of problems"),
+            ({}, "already holds a run: --overwrite deletes it, --resume goes on if it has a checkpoint"),
+            (dict(resume=True, dataset=f"{tmp_path}/short.jsonl"), "trained on 40 problems, not 1"),
             (dict(resume=True, steps=4, lr=0.5, window=3), "--window was 2, is 3; --lr was 0.001, is 0.5"),
-            (dict(overwrite=True, dataset="/no/such"), "/no/such"),  # a mistyped name must not cost the run
-            (dict(overwrite=True, model=f"{tmp_path}/model"), "give another --out"),
-            # the checkpoint's adapters would come on top of a model that already holds them
-            (dict(resume=True, model=f"{tmp_path}/model"), "give another --out")]:
+            (dict(overwrite=True, dataset="/no/such"), "/no/such")]:  # a mistyped name must not cost the run
         refused(folder, tmp_path, sentence, **dict(steps=3) | changes)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert len(pipo.train(settings(folder, tmp_path, steps=3, resume=True, show_every=9))) == 3
-    assert f"{tmp_path}/model is of step 2 until this run ends" in capsys.readouterr().out
-    assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 3
     (tmp_path / "checkpoint" / "state.pt").unlink()
     refused(folder, tmp_path, "already holds a run", resume=True)  # a finished model is not begun anew
     assert len(pipo.train(settings(folder, tmp_path, steps=1, overwrite=True))) == 1
@@ -1812,8 +1758,8 @@ def test_a_clock_in_the_template_does_not_hinder_resume(folder, tmp_path, graded
     """Llama 3's template writes today's date: what was begun yesterday is another prompt, not another run."""
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%f') }}{{ messages[0].content }}")
-    cfg = settings(folder, tmp_path / "run", model=tmp_path / "model", steps=np.int64(1))
-    pipo.train(replace(cfg, out=tmp_path / "run"))  # paths and numpy's numbers, from Python
+    cfg = settings(folder, tmp_path / "run", model=tmp_path / "model", steps=1)
+    pipo.train(replace(cfg, out=tmp_path / "run"))  # a path, from Python
     assert len(pipo.train(replace(cfg, steps=2, resume=True, lr=np.float64(1e-3)))) == 2
 
 
@@ -1824,8 +1770,7 @@ def test_a_broken_checkpoint_or_log_is_refused_and_left_as_it_is(folder, tmp_pat
             ("checkpoint/state.pt", b""), ("checkpoint/state.pt", b"PK" + bytes(9999)),
             ("checkpoint/state.pt", dict(step=os.abort)), ("checkpoint/state.pt", dict(config={})),
             ("checkpoint/state.pt", dict(optimizer={})), ("checkpoint/state.pt", dict(window=None)),
-            ("checkpoint/state.pt", dict(model={"model.norm.weight": torch.ones(32)})),
-            ("metrics.jsonl", b"\xff\xfe\x00\n"), ("samples.jsonl", b'{"mu": 1}\n')]:
+            ("metrics.jsonl", b"\xff\xfe\x00\n"), ("metrics.jsonl", b'{"mu": 1}\n')]:
         file = tmp_path / name
         whole = file.read_bytes()
         file.write_bytes(edit) if isinstance(edit, bytes) else torch.save(saved(tmp_path) | edit, file)
@@ -1842,14 +1787,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_or_model(folder, tmp_path, graded
 
     def full(state, file):
         if state["step"] in errors:
-            file.write(b"half of it")
+            file.write_bytes(b"half of it")
             raise errors[state["step"]]
         plain(state, file)
 
     monkeypatch.setattr(torch, "save", full)
     assert len(pipo.train(settings(folder, tmp_path, steps=3))) == 3
     said = capsys.readouterr().out
-    assert all(f"step {step} could not be saved, the last" in said and str(errors[step]) in said for step in errors)
+    assert all(f"step {step} could not be saved, the checkpoint before it stays" in said and str(errors[step]) in said for step in errors)
     assert saved(tmp_path)["step"] == 1 and os.listdir(tmp_path / "checkpoint") == ["state.pt"]
     model = weights(tmp_path / "model")
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", lambda *_: 1 / 0)
@@ -1862,47 +1807,31 @@ def test_with_lora_a_plain_model_is_saved_that_answers_as_the_adapters_did(folde
     """Adapters alone are no folder for vLLM or --model; merged twice, or scaled wrongly, it is another policy."""
     pytest.importorskip("peft")
     start, ids = str(folder / "model"), torch.arange(28)[None]
-    model = pipo.load_model(start, CPU, dtype, lora=4)
+    model = pipo.load_model(start, CPU, dtype)
+    adapters = pipo.add_adapters(model, Config(lora=4))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32} and len(trained) == 28
     plain = model(ids).logits.detach()
-    for weight in pipo.trained_weights(model).values():
+    for weight in trained:
         torch.nn.init.normal_(weight, std=0.3)
     adapted = model(ids).logits.detach()
-    pipo.save_model(pipo.Run(model, letter_tokenizer(), None, None), start, Config(lora=4), tmp_path)
+    pipo.save_model(pipo.Run(model, letter_tokenizer(), None, None, adapters=adapters), tmp_path)
     again = pipo.load_model(str(tmp_path / "model"), CPU, dtype)(ids).logits
     assert torch.allclose(again, adapted, atol=atol) and (adapted - plain).abs().max() > 3 * atol
     assert not list((tmp_path / "model").glob("adapter*"))
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-BY_KIND = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-
-
-@pytest.mark.parametrize("kind, rope, written", [
-    (Qwen3Config, {"rope_type": "default", "rope_theta": 1e6}, (1e6, None, None)),
-    (Qwen3Config, YARN | {"rope_theta": 5e5}, (5e5, YARN, None)),
-    (Gemma3TextConfig, BY_KIND, (1e6, {"rope_type": "linear", "factor": 8.0}, 1e4))])
-def test_transformers_4_reads_the_saved_model_as_5_does(tmp_path, kind, rope, written):
-    """It looks for positions elsewhere, and took theta 10,000 in silence; it knows no TokenizersBackend.
-    A temperature without do_sample, as in many a published model, made save_pretrained raise at the end."""
-    config = kind(vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, max_position_embeddings=256, rope_parameters=copy.deepcopy(rope))
-    start, ids, of_transformers_4 = tmp_path / "start", torch.arange(28)[None], kind is Qwen3Config
-    in_folder(AutoModelForCausalLM.from_config(config), start)
+def test_a_saved_model_tells_transformers_4_its_theta(tmp_path):
+    """It looks elsewhere for it, and took 10,000 in silence. A temperature without do_sample, as in many a
+    published model, made save_pretrained raise at the end."""
+    start, ids = in_folder(tiny_model(), tmp_path / "start"), torch.arange(28)[None]
     (start / "generation_config.json").write_text('{"temperature": 0.6}')
-    file = start / "tokenizer_config.json"
-    file.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n\n' if of_transformers_4 else
-                    '{"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<eos>"]}')
     run = pipo.Run(pipo.load_model(str(start), CPU), AutoTokenizer.from_pretrained(start), None, None)
-    pipo.save_model(run, str(start), Config(), tmp_path)
-    found = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert tuple(map(found.get, ("rope_theta", "rope_scaling", "rope_local_base_freq"))) == written
-    again = pipo.load_model(str(tmp_path / "model"), CPU)
+    pipo.save_model(run, tmp_path)
+    found, again = json.loads((tmp_path / "model/config.json").read_text()), pipo.load_model(str(tmp_path / "model"), CPU)
+    assert found["rope_theta"] == run.model.config.rope_parameters["rope_theta"]
     assert again.config.rope_parameters == run.model.config.rope_parameters
     assert torch.equal(again(ids).logits, run.model(ids).logits) and again.generation_config.temperature == 0.6
-    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
-    assert (tmp_path / "model" / file.name).read_text() == (file.read_text() if of_transformers_4 else
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<eos>"]}')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1914,14 +1843,12 @@ BAD_INPUTS = [
     ("--model {where}", "can be read neither"), ("--model {where}/t5", "is not a causal language model"),
     ("--dataset /no/such", "/no/such can be read neither"), ("--dataset no/thing", "no/thing can be read neither"),
     ("--dataset {where}/t5", "can be read neither"), ("--columns text,label", "has the columns problem, answer:"),
-    ("--dataset {where}/noanswer.jsonl", "no usable problem"), ("--max-prompt-tokens 1", "over 1 tokens"),
+    ("--dataset {where}/noanswer.jsonl", "no usable problem"), ("--max-prompt-tokens 1", "over 1"),
     ("--eval-every 2 --eval-dataset /no/such", "--eval-every 0"), ("--window 1", "--window is 1: it must be"),
     ("--lam nan", "--lam is nan"), ("--steps 0", "--steps is 0 and there is no --eval-dataset"),
     ("--minibatches 3", "--minibatches must divide"), ("--device abacus", "--device is 'abacus'"),
-    ("--device cuda:99", "--device is 'cuda:99'"), ("--device meta", "it must be cpu or a CUDA device"),
-    ("--optimizer-device cuda --device cpu", "--optimizer-device must be"), ("--tracker wandb", "package wandb"),
-    ("--resume --overwrite", "--overwrite contradicts --resume"), ("--out {folder}/train.jsonl/x", "cannot be written"),
-    ("--out {folder}", "give another --out"), ("--reward no.py:score", "--reward is 'no.py:score'"),
+    ("--device cuda:99", "--device is 'cuda:99'"), ("--tracker wandb", "package wandb"),
+    ("--out {folder}/train.jsonl/x", "cannot be written"), ("--reward no.py:score", "--reward is 'no.py:score'"),
 ]
 
 
@@ -1975,13 +1902,11 @@ def test_every_flag_is_explained_with_its_default_and_parsed(capsys, monkeypatch
         assert kind not in (int, float) or not f.default or behind.startswith(f" (default: {f.default})")
         value = choices[-1] if choices else {int: 7, float: 0.25, str: "any", bool: True, list[str]: ["any"]}[kind]
         words = [] if kind is bool else value if kind == list[str] else [str(value)]
-        given = [pipo.flag(f.name), *words], [f"--{f.name}", *words], [f"--{f.name}={value}"]
-        for words in given if kind in (int, float) else given[:2]:
-            assert getattr(pipo.parse(words), f.name) == value
+        assert getattr(pipo.parse([pipo.flag(f.name), *words]), f.name) == value
 
 
-MAX_CODE_LINES = 1480
-MAX_LINES = 2200
+MAX_CODE_LINES = 1250
+MAX_LINES = 1800
 
 
 def test_the_file_stays_short():
@@ -2042,7 +1967,7 @@ def test_the_commands_shown_parse():
     commands = re.findall(r"^python pipo\.py(.*?)(?:\s+#.*)?$", text, flags=re.MULTILINE)
     assert len([pipo.settled(pipo.parse(line.split())) for line in commands]) >= 3
     flags = {pipo.flag(f.name) for f in fields(Config)} | {"--help"}
-    flags |= {"--config_file", "--into", "--arms", "--seeds", "--costs"}  # of accelerate and of assets/
+    flags |= {"--config_file", "--into", "--arms", "--seeds", "--costs", "--tokenizer", "--hf-overrides"}  # of others
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags
 
 
