@@ -17,8 +17,8 @@ batch of step t, A_i the GRPO advantage of its sample i, K the length of the win
     one iteration: sample, grade B_t -> step on B_{t-1} with r (verification) -> step on B_t with A (exploration)
 
 mu_t judges B_{t-1} because the policy that drew B_t came out of the step on B_{t-1}. Both steps share one AdamW,
-whose momentum still points along B_{t-1}: a rise reinforces it, and a fall brakes it, by about a tenth of that
-step, but takes nothing back. There is no verification step while the window fills (the first K iterations),
+whose momentum still points along B_{t-1}: a rise reinforces it, and a fall brakes it (by a tenth of that step, as
+measured), but takes nothing back. There is no verification step while the window fills (the first K iterations),
 where its rewards are all equal, where phi_t is 0, and where no group of B_{t-1} is mixed.
 
     python pipo.py                          # offline demo: a 0.3M-parameter model learns to add, in minutes
@@ -26,15 +26,15 @@ where its rewards are all equal, where phi_t is 0, and where no group of B_{t-1}
 
 Contents, in reading order; the first five are PIPO, the others are its engine rooms:
 
-    Records             what passes through an iteration: problems, a batch, the run
+    Records             what users are told; what passes through an iteration: problems, a batch, the run
     The mathematics     group advantages, the improvement tracker, improvement rewards, the clipped loss
     The update          log-probabilities of a batch, and optimizer steps on it
     One iteration       PIPO on one screen
     Training            the loop around it: set up, evaluate, log, save
-    Sampling            completions with their log-probabilities, from a cache shared by each group
+    Sampling            completions with their log-probabilities; a prompt is read once for its group
     Verifying           whether a final answer is right
     Data and models     datasets, prompts, checkpoints of others
-    Memory              fp32 masters in host memory, and what fits where
+    Memory              fp32 masters, and what fits where
     The demo            a tiny model that learns to add
     Files               what a run leaves, and how it goes on
     Command line        every setting, what it means and what it may be
@@ -87,8 +87,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 # ------------------------------------------------------------------------------------------------------------
-# Records. What passes through an iteration: the problems that are asked, the batch of answers to them, and the
-# run that carries the rest from one iteration to the next. Settings (`cfg`) stand with the command line, last.
+# Records. What passes through an iteration: the problems, the batch of answers to them, and the run that carries the
+# rest on; before them, what users are told. Settings (`cfg`) stand with the command line, last.
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one sentence, exit code 2."""
+
+
+def say(text: str) -> None:
+    """Show a line above the progress bar; a terminal that has hung up is no reason to fail."""
+    with suppress(OSError):
+        tqdm.write(text)
+
+
+@contextmanager
+def explained_as(what: str):
+    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ if type(error) is datasets.exceptions.DatasetGenerationError else error  # says why
+        raise UserError(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
 
 
 class Problem(NamedTuple):
@@ -106,7 +128,7 @@ class Batch:
     prompts: list[list[int]]  # N lists of token ids
     tokens: Tensor  # (N, T) sampled token ids
     mask: Tensor  # (N, T) 1 on every sampled token, the EOS that ended it included
-    behavior_logprobs: Tensor  # (N, T) under the policy that sampled, at the sampling temperature
+    behavior_logprobs: Tensor  # (N, T) under the policy that sampled, at its temperature: what the ratio is against
     truncated: Tensor  # (N,) True where the length limit cut it off
     texts: list[str]  # N decoded completions
     cache_tokens: int = 0  # the room that was left for the cache: less if memory ran out
@@ -139,10 +161,10 @@ class Run:
     adapters: object = None  # peft's handle on them, with LoRA
     reward: object = None  # the user's own function in place of the verifier
     previous: Batch | None = None  # B_{t-1}, with the advantages it was trained with
-    step: int = 0  # iterations done
+    step: int = 0  # iterations done, or within one the present one
     name: str = ""  # that trackers know it by
     cache_tokens: int = sys.maxsize  # room of the key-value cache; less once memory ran out in sampling
-    microbatch_tokens: int | None = None  # less than the setting once memory ran out in training
+    microbatch_tokens: int = 8192  # less than the setting once memory ran out in training
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +337,7 @@ def backward(model, batch, part, coefficients, objective, temperature, n_sequenc
 
 
 def accumulate(model, batch, rows, microbatch_tokens, *given):
-    """`backward` for all `rows` of a minibatch, and the tokens a pass that worked: half as many where memory runs out."""
+    """`backward` for all `rows` of a minibatch; halves `microbatch_tokens` while memory runs out; returns it, too."""
     while True:
         parts = microbatches(rows, batch.lengths(), microbatch_tokens)
         try:
@@ -333,7 +355,7 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
     """Take `minibatches` optimizer steps on a Batch with coefficients (Q, G); returns mean metrics.
     A minibatch without any signal (or KL) takes no step at all: AdamW would move the weights on momentum and decay
     alone. Rows with coefficient 0 are not computed but still count in the denominators. Of several gradient norms
-    the largest is returned; means over no token are None. Raises FloatingPointError where one is not finite."""
+    the largest is returned; means over no token are None. FloatingPointError where loss or norm is not finite."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -352,7 +374,7 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         if not math.isfinite(norm + loss_sum):
             optimizer.zero_grad()
-            raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
+            raise FloatingPointError(f"training broke down: loss {loss_sum}, gradient norm {norm}; try a lower --lr")
         optimizer.step()
         norms.append(norm)
         optimizer.zero_grad()
@@ -363,7 +385,7 @@ def update(model, optimizer, batch, coefficients, objective, lr, temperature=1.0
 
 # ------------------------------------------------------------------------------------------------------------
 # One iteration. PIPO on one screen, in the order of the README's eight steps. What it adds to a trainer are steps
-# 4, 6 and 8, with ImprovementTracker and improvement_rewards; the helpers above `iteration` say how, not what.
+# 4, 5, 6 and 8, with ImprovementTracker and improvement_rewards; the helpers above `iteration` say how, not what.
 
 
 def rng(device, *key) -> torch.Generator:
@@ -373,18 +395,18 @@ def rng(device, *key) -> torch.Generator:
 
 
 @torch.no_grad()
-def trainer_logprobs(model, batch: Batch, cfg: Config) -> Tensor:
+def trainer_logprobs(model, batch: Batch, temperature: float, microbatch_tokens: int) -> Tensor:
     """The log-probabilities (N, T) of a batch under `model`, as the training pass computes them."""
     model.train()
     logprobs = torch.zeros_like(batch.mask)  # (N, T)
-    for part in microbatches(torch.arange(len(logprobs)), batch.lengths(), cfg.microbatch_tokens):
+    for part in microbatches(torch.arange(len(logprobs)), batch.lengths(), microbatch_tokens):
         prompts = [batch.prompts[i] for i in part.tolist()]
-        logprobs[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], cfg.temperature)
+        logprobs[part] = token_logprobs(model, prompts, batch.tokens[part], batch.mask[part], temperature)
     return logprobs
 
 
 def rollout(run: Run, problems: list[Problem], cfg: Config) -> Batch:
-    """Sample B_t, with the log-probabilities that the ratio is against: UserError if at step 1 they are not training's."""
+    """Sample B_t, with the log-probabilities that the ratio is against; UserError if at step 1 training's differ."""
     generator = rng(run.model.device, cfg.seed, "sample", run.step)
     batch = sample(run.model, run.tokenizer, [problem.prompt for problem in problems], cfg.group_size,
                    cfg.max_new_tokens, cfg.temperature, cfg.top_p, generator, run.cache_tokens)
@@ -392,10 +414,10 @@ def rollout(run: Run, problems: list[Problem], cfg: Config) -> Batch:
     is_rounded = run.model.dtype == torch.bfloat16
     is_too_coarse = is_rounded and cfg.base == "gspo"  # whose clip is narrower than the sampler's rounding
     if run.step == 1 or is_too_coarse:
-        recomputed = trainer_logprobs(run.model, batch, cfg)  # (N, T)
+        recomputed = trainer_logprobs(run.model, batch, cfg.temperature, run.microbatch_tokens)  # (N, T)
         gap = (recomputed - batch.behavior_logprobs).abs().sum().item() / batch.mask.sum().item()
         if run.step == 1 and gap > (0.1 if is_rounded else 0.01):
-            raise UserError(f"not supported: sampler and trainer disagree by {gap:.2g} in a token's log-probability")
+            raise UserError(f"unsupported model: sampler and trainer disagree by {gap:.2g} in a log-probability")
         if is_too_coarse:
             batch.behavior_logprobs = recomputed
     return batch
@@ -441,7 +463,7 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     run.step, clock = run.step + 1, [time.perf_counter()]
     objective = BASES[cfg.base]._replace(max_new_tokens=cfg.max_new_tokens)
     how = dict(temperature=cfg.temperature, minibatches=cfg.minibatches, max_grad_norm=cfg.max_grad_norm,
-               microbatch_tokens=run.microbatch_tokens or cfg.microbatch_tokens)
+               microbatch_tokens=run.microbatch_tokens)
 
     # 1. sample B_t ~ pi_theta_t
     batch = rollout(run, problems, cfg)
@@ -469,7 +491,7 @@ def iteration(run: Run, problems: list[Problem], cfg: Config) -> tuple[Batch, di
     # 7. exploration: the base algorithm's step on B_t, its ratio still against the policy that sampled it
     if cfg.kl_coef:  # in this step alone
         objective = objective._replace(kl_coef=cfg.kl_coef)
-        batch.ref_logprobs = trainer_logprobs(run.reference, batch, cfg)
+        batch.ref_logprobs = trainer_logprobs(run.reference, batch, cfg.temperature, run.microbatch_tokens)
     for _ in range(cfg.epochs):
         exploration = update(run.model, run.optimizer, batch, batch.advantages, objective, lr=cfg.lr, **how)
     clock.append(time.perf_counter())
@@ -512,7 +534,7 @@ def evaluate(run: Run, held_out: dict[str, list[Problem]], cfg: Config, generato
         found = {measure: rewards.mean(), "stderr": rewards.mean(1).std(correction=0) / math.sqrt(len(problems)),
                  "truncated": batch.truncated.float().mean()}
         is_right_or_wrong = torch.equal(rewards, (rewards == 1).double())
-        for k in (2**i for i in range(1, n.bit_length() if is_right_or_wrong else 1)):
+        for k in [2**i for i in range(1, n.bit_length())] if is_right_or_wrong else []:
             misses = [math.comb(n - int(right), k) / math.comb(n, k) for right in rewards.sum(1)]
             found[f"pass@{k}"] = 1 - statistics.mean(misses)
         scores |= {f"eval/{name}/{key}": float(value) for key, value in found.items()}
@@ -539,6 +561,7 @@ def load_reward(spec: str):
 
 def set_up(cfg: Config, out: Path, state: dict | None, reward):
     """The run at its start, or where its checkpoint `state` left it, its problems, and the held-out ones by set."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: in decoding, for every token
     device, path, own = torch.device(cfg.device), cfg.model or str(out / "start"), reward is not None
     if cfg.model:
         rows = load_rows(cfg.dataset, "train") if cfg.steps else None
@@ -553,16 +576,16 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     problems = read_problems(rows, tokenizer, cfg, cfg.dataset or "the demo", own) if cfg.steps else []
     held_out = {}
-    for name, rows in eval_sets.items():
+    for name, eval_rows in eval_sets.items():
         label = Path(name).stem if Path(name).stem not in held_out else name
-        held_out[label] = read_problems(rows, tokenizer, cfg, name, own, held_out=True)
+        held_out[label] = read_problems(eval_rows, tokenizer, cfg, name, own, held_out=True)
     prompts = [problem.prompt for some in (problems, *held_out.values()) for problem in some]
     model = load_model(path, device, cfg.dtype, max(map(len, prompts)) + cfg.max_new_tokens)
     # vocab_size leaves out added tokens, which matter in a prompt only: gemma-3-1b has no row for its image's
     if max(tokenizer.vocab_size - 1, *map(max, prompts)) >= model.get_input_embeddings().num_embeddings:
         raise UserError(f"the tokenizer of {path} has tokens that the model has no embedding for")
     run = Run(model, tokenizer, None, ImprovementTracker(cfg.window, cfg.lam, cfg.xi_clip), reward=reward,
-              name=f"{out.name}-{time.time():.0f}")
+              name=f"{out.name}-{time.time():.0f}", microbatch_tokens=cfg.microbatch_tokens)
     if cfg.kl_coef:
         run.reference = load_model(path, device, cfg.dtype).requires_grad_(False)
     if cfg.lora:
@@ -580,17 +603,16 @@ def set_up(cfg: Config, out: Path, state: dict | None, reward):
     return run, problems, held_out
 
 
-def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Path, service) -> None:
+def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Path, board) -> None:
     """Iterations until cfg.steps or a signal to stop, with evaluations, rows of metrics, and checkpoints."""
     def finish(row, is_evaluated):
         if is_evaluated:  # each time with the same random numbers
             row |= evaluate(run, held_out, cfg, rng(run.model.device, cfg.seed, "evaluation"))
-            scores = [f"{key[5:]} {row[key]:.3f}" for key in row if key.startswith("eval/")]
-            say(f"step {run.step}: {', '.join(scores)}")
+            say(f"step {run.step}: " + ", ".join(f"{key[5:]} {row[key]:.3f}" for key in row if key.startswith("eval/")))
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
-        if service:
-            service.log(row, step=run.step)
+        if board:
+            board.log(row, step=run.step)
 
     if run.step == 0 and held_out:
         finish({"step": 0}, is_evaluated=True)
@@ -598,17 +620,16 @@ def loop(run: Run, problems: list[Problem], held_out: dict, cfg: Config, out: Pa
         while run.step < cfg.steps and not caught:
             asked = pick_problems(problems, run.step + 1, cfg)
             batch, row = iteration(run, asked, cfg)
-            row["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # 0 without a GPU
+            row["memory_gb"] = torch.cuda.max_memory_allocated(run.model.device.index) / 2**30  # 0 on a CPU
             finish(row, held_out and (run.step == cfg.steps or run.step % cfg.eval_every == 0))
             if cfg.show_every and run.step % cfg.show_every == 0:
                 show_samples(batch, asked, run.step)
             bar.set_postfix({name: row[name] for name in ("mu", "xi", "phi") if row[name] is not None})
             bar.update()
-            is_last = caught or run.step == cfg.steps
-            if cfg.save_every and (is_last or run.step % cfg.save_every == 0):
+            if cfg.save_every and (caught or run.step == cfg.steps or run.step % cfg.save_every == 0):
                 save_checkpoint(run, problems, cfg, out)
     if run.step < cfg.steps:
-        raise KeyboardInterrupt(f"stopped after step {run.step}" + "; --resume goes on" * bool(cfg.save_every))
+        raise KeyboardInterrupt(f"stopped after step {run.step}{'; --resume goes on' if cfg.save_every else ''}")
 
 
 def train(cfg: Config, reward=None) -> list[dict]:
@@ -619,16 +640,15 @@ def train(cfg: Config, reward=None) -> list[dict]:
     reward, out = reward or (load_reward(cfg.reward) if cfg.reward else None), Path(cfg.out)
     run, problems, held_out = set_up(cfg, out, open_run(cfg, out), reward)
     say(f"{run.step} of {cfg.steps} steps done; {run.model.num_parameters():,} weights on {cfg.device}; files: {out}")
-    service = import_module(cfg.tracker) if cfg.tracker else None  # wandb, or trackio with its three calls
-    if service:
-        same = {"id": run.name} if cfg.tracker == "wandb" else {}  # when resumed; trackio goes by the name
-        service.init(project=os.environ.get("WANDB_PROJECT", "pipo"), name=run.name, config=asdict(cfg),
-                     resume="allow", **same)
+    board = import_module(cfg.tracker) if cfg.tracker else None  # wandb, or trackio with its three calls
+    if board:
+        own = {"id": run.name} if cfg.tracker == "wandb" else {}  # the same when resumed; trackio goes by the name
+        board.init(project=os.getenv("WANDB_PROJECT", "pipo"), name=run.name, config=vars(cfg), resume="allow", **own)
     try:
-        loop(run, problems, held_out, cfg, out, service)
+        loop(run, problems, held_out, cfg, out, board)
     finally:
-        if service:
-            service.finish()
+        if board:
+            board.finish()
     if cfg.steps:
         save_model(run, out)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -639,7 +659,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
 # drawn and how likely it was, so the mask and the behavior policy's log-probabilities come from here.
 
 
-# Rows times V of a wave: probabilities of so many tokens take little room (64 MB), whatever Q and G are.
+# Rows * V of a wave in an evaluation, whatever Q * G is: so many probabilities take little room (64 MB).
 FEW_PROBABILITIES = 2_000_000
 
 
@@ -736,7 +756,7 @@ def prefill(model, prefixes: list[tuple], prefill_tokens: int):
     ids = padded(place, model.device, "left")  # (q, P)
     seen = padded([[1] * len(prefix) for prefix in place], model.device, "left")  # (q, P)
     caches, logits = [], []
-    last = torch.tensor([-1], device=model.device)  # as 1 it makes a slice, for which a frozen head is copied
+    last = torch.tensor([-1], device=model.device)  # 1 makes a view of the states, for which a frozen head is copied
     for part, mask in zip(*(x.split(max(1, prefill_tokens // ids.shape[1])) for x in (ids, seen))):
         caches.append(DynamicCache())
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -808,9 +828,9 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
     """Sample `group_size` completions of each of Q prompts (lists of token ids); temperature 0 is greedy.
     Works in waves of as many rows as the cache has room for, at most `rows_a_wave`. Every `chunk` tokens the rows
     that have ended are dropped, and where the rest would outgrow `cache_tokens`, some wait for a later wave, which
-    reads in what they have so far. Running out of memory is no more than that: the wave ends, and is tried again,
-    the first time with the same room, later with less; only a single row that does not fit raises. Raises
-    FloatingPointError where the model's probabilities are not finite."""
+    reads in what they have so far. After running out of memory a wave's rows wait again, from the second time on for
+    one with less room; only a single row that does not fit raises. FloatingPointError where probabilities are not
+    finite."""
     model.eval()
     device, eos, room = model.device, set(eos_ids(model, tokenizer)), cache_tokens
     chunk = chunk or max(1, min(max_new_tokens // 8, 128))  # a row that has ended is carried on to the chunk's end
@@ -833,14 +853,14 @@ def sample(model, tokenizer, prompts, group_size=1, max_new_tokens=256, temperat
         # behind the except block, which holds a failed pass; what comes next wants pieces of other sizes
         torch.cuda.empty_cache()
         waiting = [row for row in waiting[n:] + waiting[:n] if not row.ended]
-    tokens = padded([row.tokens[-len(row.logprobs):] for row in rows], device)  # (N, T) T is the longest's
+    drawn = [row.tokens[-len(row.logprobs):] for row in rows]
+    tokens = padded(drawn, device)  # (N, T) T is the longest's
     behavior_logprobs = padded([row.logprobs for row in rows], device)  # (N, T)
     mask = padded([[1.0] * len(row.logprobs) for row in rows], device)  # (N, T)
     truncated = torch.tensor([row.tokens[-1] not in eos for row in rows], device=device)  # (N,)
     # Ends, padding and BOS are hidden; other special tokens, as those of a thought or a tool, can be the answer's.
     hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id} | eos
-    texts = [tokenizer.decode([token for token in row.tokens[-len(row.logprobs):] if token not in hidden])
-             for row in rows]
+    texts = [tokenizer.decode([token for token in completion if token not in hidden]) for completion in drawn]
     return Batch(prompts, tokens, mask, behavior_logprobs, truncated, texts, room, out_of_memory)
 
 
@@ -1239,8 +1259,8 @@ def load_rows(name: str, split: str) -> datasets.Dataset:
     without = "" if split == "train" else " (--eval-every 0 does without it)"
     with explained_as(f"the dataset {name} can be read neither here nor from the hub{without}"):
         if os.path.isfile(path):
-            folder, file = os.path.split(os.path.abspath(path))
-            splits = datasets.load_dataset(folder, data_files=glob.escape(file))  # br[1].jsonl is no pattern
+            file = glob.escape(os.path.abspath(path))  # br[1].jsonl is no pattern
+            splits = datasets.load_dataset(os.path.dirname(path) or ".", data_files=file)
         elif os.path.exists(f"{path}/state.json") or os.path.exists(f"{path}/dataset_dict.json"):
             splits = datasets.load_from_disk(path)
         else:
@@ -1273,6 +1293,7 @@ def read_golds(cell, worked: bool = False) -> list[str]:
         return read_golds(cell.get("ground_truth"), worked)
     if isinstance(cell, list):
         return [gold for item in cell for gold in read_golds(item, worked)]
+    cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell  # a gap in a column makes floats
     text = "" if cell is None else str(cell).strip()
     bare = not worked and not MARKED.search(text)
     answer = extract_answer(text) or (text if bare else "")
@@ -1288,7 +1309,7 @@ def read_messages(cell) -> list[dict]:
         role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
         if not role or not isinstance(content, str):
             return []
-        messages.append({"role": ROLES.get(role, role), "content": content})
+        messages.append({"role": ROLES.get(str(role), str(role)), "content": content})
     return messages
 
 
@@ -1310,7 +1331,7 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward=False, hel
     # A solution is worked out if any is marked, or if another column has the answers; otherwise it is bare.
     worked = [column for column in answering if column.lower() == "solution"
               and (len(answering) > 1 or any(MARKED.search(str(row[column])) for row in rows))]
-    problems, left_out, encoded = [], Counter(), {}
+    problems, left_out, encoded = [], Counter(), {}  # `encoded`: some data sets ask a question a hundred times
     for number, row in enumerate(rows, 1):
         golds = next(filter(None, (read_golds(row[column], column in worked) for column in answering)), [])
         messages = read_messages(row[asking])
@@ -1328,8 +1349,7 @@ def read_problems(rows, tokenizer, cfg: Config, name: str, own_reward=False, hel
             left_out[reason] += 1
             continue
         thinking = tokenizer.decode(ids[-10:]).rstrip().endswith("<think>")
-        row = row if own_reward else {}  # rows can be large
-        problems.append(Problem(text, ids, tuple(golds), row, thinking))
+        problems.append(Problem(text, ids, tuple(golds), row if own_reward else {}, thinking))  # rows can be large
     reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not problems:
         raise UserError(f"no usable problem in {name}: {reasons or 'it has no rows'}")
@@ -1357,7 +1377,7 @@ def load_model(path: str, device, dtype: str = "float32", longest: int = 0):
     kept = ropes.get("original_max_position_embeddings") if is_varying else None
     limit = kept or getattr(text_config, "max_position_embeddings", math.inf)
     if longest > limit and (is_varying or not ropes):  # without any, positions are learned
-        raise UserError(f"{path} ends at {limit:,} tokens, but a completion can at {longest:,}: lower --max-new-tokens")
+        raise UserError(f"{path} ends at {limit:,} tokens, a completion at {longest:,}: lower --max-new-tokens")
     if "rope_theta" in ropes:  # will be saved where transformers 4 looks for it: it would take 10,000, in silence
         text_config.rope_theta = ropes["rope_theta"]
     with explained_as(f"the model {path} cannot be loaded"):
@@ -1430,6 +1450,7 @@ class MasterAdamW(torch.optim.AdamW):
         super().load_state_dict(state["adam"])
         for weight, master, saved in zip(self.weights, self.masters, state["masters"], strict=True):
             weight.copy_(master.copy_(saved))
+            self.state[master] = {name: value.clone() for name, value in self.state[master].items()}  # off the file
 
 
 def free_memory(device: torch.device) -> float:
@@ -1448,13 +1469,13 @@ def fit_memory(cfg: Config, path: str, device: torch.device) -> torch.device:
         n = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False).num_parameters()
     models, trained = 2 if cfg.kl_coef else 1, 0 if cfg.lora or not cfg.steps else n  # adapters are small
     resident = models * n * getattr(torch, cfg.dtype).itemsize + 4 * trained  # gradients are fp32
-    adam = 12 * trained  # the masters, two moments
+    adam = 12 * trained  # the masters, two moments; fp32 weights that stay are their own masters and take less
     where = device if resident + adam < RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
     needs = {device: resident + adam} if where == device else {device: resident, where: adam}
     for place, needed in needs.items():
         if needed > free_memory(place):
-            raise UserError(f"{n:,} weights in {cfg.dtype}, gradients and AdamW take {needed / 2**30:.1f} GiB on "
-                            f"{place}, where {free_memory(place) / 2**30:.1f} are free: --lora 16 takes far less")
+            raise UserError(f"{n:,} weights in {cfg.dtype} take {needed / 2**30:.1f} GiB on {place} with all that they "
+                            f"need, and {free_memory(place) / 2**30:.1f} are free (--lora 16 needs least)")
     return where
 
 
@@ -1539,12 +1560,12 @@ def build_demo(folder: str, cfg: Config, warm: list[dict], device, solved: float
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files. A run is a folder: config.json, metrics.jsonl, checkpoint/, and at the end model/.
+# Files. A run is a folder: config.json, metrics.jsonl, checkpoint.pt, and at the end model/.
 
-# What Ctrl-C, a closed terminal and a scheduler send, the last some time before it kills. (Under nohup one is ignored.)
+# Of Ctrl-C, a scheduler (some time before it kills), and a closed terminal (ignored under nohup).
 STOP = [sign for sign in signal.Signals if sign.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-CHECKPOINT = "checkpoint/state.pt"
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "model")
+CHECKPOINT = "checkpoint.pt"
+RUN_FILES = ("config.json", "metrics.jsonl", CHECKPOINT, "model")
 # What may change when a run goes on: what does not shape training, and paths, as files move.
 MAY_DIFFER = set("""steps out resume overwrite model dataset reward device eval_dataset eval_every eval_samples
     save_every show_every tracker cache_tokens microbatch_tokens""".split())
@@ -1556,7 +1577,7 @@ def open_run(cfg: Config, out: Path) -> dict | None:
         out.mkdir(parents=True, exist_ok=True)
     if cfg.resume and (out / CHECKPOINT).is_file():
         with explained_as(f"the checkpoint in {out} cannot be used"):
-            state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)  # not read twice
+            state = torch.load(out / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)  # not all in memory
             before = state["config"]
         changed = [f"{flag(name)} was {before.get(name)!r}, is {value!r}" for name, value in asdict(cfg).items()
                    if name not in MAY_DIFFER and value != before.get(name)]
@@ -1564,7 +1585,8 @@ def open_run(cfg: Config, out: Path) -> dict | None:
             raise UserError("--resume goes on with the same settings, but " + "; ".join(changed))
         return state
     present = [name for name in RUN_FILES if (out / name).exists()]
-    if present and not cfg.overwrite and not (cfg.resume and "model" not in present):  # killed before its first save
+    was_killed_early = cfg.resume and cfg.save_every and "model" not in present  # before its first save
+    if present and not (cfg.overwrite or was_killed_early):
         raise UserError(f"{out} already holds a run: --overwrite deletes it, --resume goes on if it has a checkpoint")
     return None
 
@@ -1573,7 +1595,6 @@ def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path) -
     """All that a resumed run needs, swapped in whole. If the disk is full, that is said and the old one stays."""
     path = out / CHECKPOINT
     partial_file = path.with_suffix(".partial")
-    path.parent.mkdir(exist_ok=True)
     state = {"config": asdict(cfg), "problems": len(problems), "optimizer": run.optimizer.state_dict(),
              "window": list(run.tracker.history), "previous": vars(run.previous),
              "step": run.step, "name": run.name, "cache_tokens": run.cache_tokens}
@@ -1606,7 +1627,7 @@ def save_model(run: Run, out: Path) -> None:
     if run.adapters:
         run.adapters.merge_and_unload()  # what is left of run.model is a plain one
     partial_folder = out / "model.partial"
-    with explained_as(f"the model could not be saved in {out}, --resume tries again"):
+    with explained_as(f"the model could not be saved in {out}"):
         run.model.save_pretrained(partial_folder)
         run.tokenizer.save_pretrained(partial_folder)
         shutil.rmtree(out / "model", ignore_errors=True)
@@ -1622,7 +1643,7 @@ def signals_caught():
         if caught:
             raise KeyboardInterrupt
         caught.append(sign)
-        say("finishing this step, then saving; a second signal stops at once, unsaved")
+        say("finishing this step; a second signal stops at once, unsaved")
 
     with suppress(ValueError):  # off the main thread no signal can be caught
         before = {sign: signal.signal(sign, catch) for sign in STOP if signal.getsignal(sign) != signal.SIG_IGN}
@@ -1638,28 +1659,6 @@ def signals_caught():
 # the user can put right is one sentence and exit code 2, before anything is loaded or deleted.
 
 
-class UserError(Exception):
-    """Something the user can put right: shown as one sentence, exit code 2."""
-
-
-def say(text: str) -> None:
-    """Show a line above the progress bar; a terminal that has hung up is no reason to stop."""
-    with suppress(OSError):
-        tqdm.write(text)
-
-
-@contextmanager
-def explained_as(what: str):
-    """Foreign files can break in any way: whatever a library raises about one becomes a sentence."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        cause = error.__cause__ or error  # datasets says why in the first error of two
-        raise UserError(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
-
-
 def option(default, help, low=None, high=math.inf, demo=None, choices=None):
     """A field of Config: its default, --help, what it may be, and the demo's value if that is another."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, demo=demo, choices=choices))
@@ -1671,7 +1670,7 @@ class Config:
     # the task
     model: str = option("", "hub name or folder of a causal language model; without it, the offline demo")
     dataset: str = option("", "training problems: a hub name, org/name or org/name:config, a file or a folder (MATH)")
-    eval_dataset: list[str] = option((), "held-out problems, one set or more (MATH-500, if MATH is trained on)")
+    eval_dataset: list[str] = option((), "held-out problems, one set or more (MATH-500, if --dataset is not given)")
     reward: str = option("", "file.py:function in place of the verifier: (completion, answer, row) -> number")
     columns: str = option("", "the columns that ask and answer, as in question,answer (known names)")
     instruction: str = option("\n\nReason step by step, and put your final answer within \\boxed{}.",
@@ -1687,7 +1686,7 @@ class Config:
     top_p: float = option(1.0, "draw from the smallest set of tokens with this mass", 0.01, 1)
     cache_tokens: int = option(None, "room of the key-value cache (what fits)", 1)
     # the base objective (both steps; the KL in exploration only)
-    base: str = option("grpo", "base objective", choices=("grpo", "dr_grpo", "dapo", "gspo"))
+    base: str = option("grpo", "base objective", choices=tuple(BASES))
     kl_coef: float = option(0.0, "weight of the KL to the starting model, in exploration", 0)
     # the feedback (verification step)
     feedback: str = option("pipo", "what scales the verification step", choices=("pipo", "none", "constant"))
@@ -1732,13 +1731,14 @@ def flag(name: str) -> str:
 def settled(cfg: Config, own_reward: bool = False) -> Config:
     """The settings as config.json takes them, with what others decide filled in, and valid (raises UserError).
     MATH is the default only where neither a data set nor a reward is named: its rows would not fit another's."""
-    cfg = Config(**json.loads(json.dumps(asdict(cfg), default=str)))  # Paths become text, tuples lists
+    cfg = Config(**json.loads(json.dumps(asdict(cfg), default=lambda x: x.item() if hasattr(x, "item") else str(x))))
     with explained_as(f"--device is {cfg.device!r}"):  # an unknown name, or a torch without CUDA
         device = torch.empty(0, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     train_set, eval_sets = cfg.dataset, [cfg.eval_dataset] if isinstance(cfg.eval_dataset, str) else cfg.eval_dataset
     if cfg.model and not (train_set or cfg.reward or own_reward):
         train_set, eval_sets = MATH[0], eval_sets or [MATH[1]]
-    name = f"{Path(cfg.model).name or 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
+    start = Path(cfg.model).resolve()
+    name = f"{start.name if cfg.model else 'demo'}-{cfg.base}-{cfg.feedback}-seed{cfg.seed}"
     cfg = replace(cfg, dataset=train_set, eval_dataset=eval_sets if cfg.eval_every else [], device=str(device),
                   lr=(1e-4 if cfg.lora else 1e-6) if cfg.lr is None else cfg.lr,
                   dtype=cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
@@ -1755,7 +1755,9 @@ def settled(cfg: Config, own_reward: bool = False) -> Config:
             (not cfg.model and (cfg.dataset or cfg.eval_dataset), "a --dataset needs --model: the demo makes its own"),
             (cfg.model and cfg.steps and not cfg.dataset, "--dataset is missing: the data that --reward is made for"),
             (not cfg.steps and not (cfg.eval_dataset if cfg.model else cfg.eval_every),
-             "--steps is 0 and there is no --eval-dataset")):
+             "--steps is 0 and nothing is evaluated: see --eval-dataset and --eval-every"),
+            (cfg.model and Path(cfg.out).resolve() in (start, start.parent), f"--model is in {cfg.out}: another --out"),
+            (device.type not in LOGITS_CHUNK, f"--device is {device}: it must be cpu or a CUDA device")):
         if is_wrong:
             raise UserError(sentence)
     return cfg
@@ -1789,7 +1791,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # for an ASCII terminal
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for an ASCII terminal
     sys.exit(main())
