@@ -226,20 +226,22 @@ def bench_sampling(ours, theirs, tokenizer, prompts, limit, turns, clock=CPU_CLO
 
 
 def phase_peak_gb(device) -> float:
-    """The most memory held since this was last asked on a GPU; elsewhere since the process began."""
-    peak = pipo.peak_memory_gb(device) or 0.0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """The most memory held on a GPU since this was last asked; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
     return peak
 
 
 class TimedPIPO:
     """PIPO's iterations with a clock on each phase. A GRPO iteration is the same without the verification."""
 
-    def __init__(self, model, tokenizer, prompts, rewards, cfg, clock=CPU_CLOCK):
+    def __init__(self, model, tokenizer, prompts, rewards, cfg, clock=CPU_CLOCK, masters_on=None):
         self.model, self.tokenizer, self.cfg, self.clock = model, tokenizer, cfg, clock
         self.prompts, self.rewards = prompts, rewards
-        self.optimizer, self.previous = pipo.make_optimizer(model, cfg), None
+        self.optimizer, self.previous = pipo.MasterAdamW(
+            model.parameters(), masters_on or model.device, lr=cfg.lr, weight_decay=cfg.weight_decay), None
         self.seconds, self.lengths, self.metrics, self.peaks = [], [], {}, {}
 
     def update(self, batch, coefficients) -> dict:
@@ -355,22 +357,24 @@ def bench_size(report: Report, name: str, size: Size, count: int, folder: Path) 
 # ------------------------------------------------------------------------------------------------------------
 
 # In a process of its own, because the peak of a process never falls. H is small, so that the logits dominate.
-LOGPROB_MEMORY = """
-import sys, torch, pipo
+LOGPROB_MEMORY = r"""
+import re, sys, torch, pipo
 from transformers import Qwen3Config, Qwen3ForCausalLM
 torch.set_num_threads(1)
+def peak_gb():
+    return int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) / 2**20
 V = int(sys.argv[2])
 model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
                                      num_attention_heads=2, num_key_value_heads=1, head_dim=32))
 tokens = torch.randint(2, V, (8, 256))
-before = pipo.peak_memory_gb(model.device)
+before = peak_gb()
 if sys.argv[1] == "chunked":
     logprobs = pipo.token_logprobs(model, [[7]] * 8, tokens, torch.ones(8, 256))
 else:
     ids = torch.cat([torch.full((8, 1), 7), tokens[:, :-1]], 1)
     logprobs = model(ids, use_cache=False).logits.log_softmax(-1).gather(-1, tokens[..., None])
 logprobs.mean().backward()
-print(pipo.peak_memory_gb(model.device) - before)
+print(peak_gb() - before)
 """
 
 
@@ -439,9 +443,10 @@ def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 25
     prompts = [[100 + i] * 128 for i in range(most)]
     tokenizer = character_tokenizer()
     cfg = pipo.Config(prompts_per_step=count, group_size=GROUP, max_new_tokens=limit, max_prompt_tokens=128,
-                      temperature=1.0, lr=LR, device=device.type)
+                      temperature=1.0, lr=LR, device=device.type,
+                      dtype="bfloat16" if device.type == "cuda" else "float32")
     bench_config(limit, **sizes).save_pretrained(folder / "shapes")
-    cfg = pipo.fit_memory(cfg, str(folder / "shapes"), device)
+    masters_on = pipo.fit_memory(cfg, str(folder / "shapes"), device)
     if device.type == "cuda":
         free, total = (n / 2**30 for n in torch.cuda.mem_get_info(device))
         name = torch.cuda.get_device_name(device)
@@ -452,20 +457,20 @@ def bench_gpu(report, folder, device="cuda", limit=4096, count=32, waves=(64, 25
     model = random_model(limit, cfg, device, **sizes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = (torch.arange(count * GROUP, device=device) % 3 == 0).float().view(-1, GROUP)
-    ours = TimedPIPO(model, tokenizer, prompts[:count], rewards, cfg, time.perf_counter)
+    ours = TimedPIPO(model, tokenizer, prompts[:count], rewards, cfg, time.perf_counter, masters_on)
     room = pipo.cache_room(pipo.Run(model, tokenizer, ours.optimizer, None), cfg)
     with torch.device("meta"):
         shapes = Qwen3ForCausalLM(bench_config(limit, **sizes))
-    fits = memory_plan(shapes, cfg, device.type, free).tokens
+    fits = memory_plan(shapes, cfg, device.type, masters_on.type, free).tokens
     cfg = ours.cfg = replace(cfg, cache_tokens=room)
-    plan = memory_plan(shapes, cfg, device.type, free)
+    plan = memory_plan(shapes, cfg, device.type, masters_on.type, free)
     first = pipo.sample(model, tokenizer, ours.prompts, GROUP, limit, generator=pipo.rng(device, 0),
                         cache_tokens=room)
     report.add("gpu_cache", "tokens of cache: taken, calculated", {"taken": room, "fits": fits}, None)
     report.add("gpu_out_of_memory", "how often sampling ran out of memory",
                {"times": first.out_of_memory}, None)
     advantages = pipo.group_advantages(rewards).flatten()
-    again = pipo.trainer_logprobs(model, first, cfg)
+    again = pipo.trainer_logprobs(model, first, cfg.temperature, cfg.microbatch_tokens)
     for base in ("grpo", "gspo"):  # before any update, against the sampler: 0 but for rounding
         means = pipo.policy_loss(again, first.behavior_logprobs, advantages, first.mask, pipo.BASES[base])[1]
         report.add(f"gpu_step1_{base}", f"{base}, step 1: gap, share clipped",
@@ -495,17 +500,16 @@ def bench_resume(report, out: Path, ours: TimedPIPO) -> None:
                    previous=ours.previous)
     run.tracker.push(0.5)
     out.mkdir()
-    for name in pipo.LOGS:
-        (out / name).touch()
+    (out / "metrics.jsonl").touch()
     clock = [time.perf_counter()]
-    saved = pipo.save_checkpoint(run, [], ours.cfg, out, saved=0)
+    pipo.save_checkpoint(run, [], ours.cfg, out)
     clock.append(time.perf_counter())
     state = pipo.open_run(replace(ours.cfg, resume=True), out)
     clock.append(time.perf_counter())
     before = run.model.get_input_embeddings().weight[:1].clone()
     pipo.load_checkpoint(run, state, [], out)
     clock.append(time.perf_counter())
-    assert saved == 2 and torch.equal(before, run.model.get_input_embeddings().weight[:1])
+    assert torch.equal(before, run.model.get_input_embeddings().weight[:1])
     save, opened, load = (after - start for start, after in zip(clock, clock[1:]))
     report.add("gpu_save", "seconds of a save", {"ours": save}, None)
     report.add("gpu_resume", "seconds of a resume: opening, loading", {"read": opened, "load": load}, None)
@@ -555,14 +559,15 @@ def pass_sizes(shapes, cfg: pipo.Config, here: str, size: int) -> tuple[int, int
     return cached, len(layers), training, sampling
 
 
-def memory_plan(shapes, cfg: pipo.Config, here: str, free: float) -> Plan:
+def memory_plan(shapes, cfg: pipo.Config, here: str, masters_on: str, free: float) -> Plan:
     """What a run takes where `free` bytes are, in the cache as many tokens as there is room for.
 
-    `shapes` is the model on the meta device; cfg says dtype and optimizer_device, and can say cache_tokens.
-    Held against a simulation in test_memory_plan.py.
+    `shapes` is the model on the meta device; it runs `here`, AdamW's masters and moments are on `masters_on`,
+    each "cpu" or "cuda". cfg says dtype, and can say cache_tokens. Held against a simulation in
+    test_memory_plan.py.
     """
     size, parameters = getattr(torch, cfg.dtype).itemsize, shapes.num_parameters()
-    weights, trained, is_here = parameters * size, parameters, cfg.optimizer_device == here
+    weights, trained, is_here = parameters * size, parameters, masters_on == here
     if cfg.lora:
         linear = [m for m in shapes.base_model.modules() if isinstance(m, torch.nn.Linear)]
         trained = cfg.lora * sum(m.in_features + m.out_features for m in linear)
@@ -571,8 +576,8 @@ def memory_plan(shapes, cfg: pipo.Config, here: str, free: float) -> Plan:
     adam = trained * (8 if is_plain else 12)  # two moments, and fp32 weights
     if not is_here and not cfg.lora:  # in passing, the largest weight's gradient and its rounded copy
         adam += max(weight.numel() for weight in shapes.parameters()) * (4 + size)
-    models = 2 if cfg.kl_coef and not cfg.lora else 1
-    always = weights * models + (adam if is_here else 0)
+    reference = parameters * size if cfg.kl_coef else 0
+    always = weights + reference + (adam if is_here else 0)
 
     cached, n_layers, training, beside = pass_sizes(shapes, cfg, here, size)
     most = cfg.prompts_per_step * cfg.group_size * (cfg.max_prompt_tokens + cfg.max_new_tokens)
@@ -605,8 +610,8 @@ def plans(**sizes) -> dict[str, Plan]:
     print("|---|---|---|---|---|---|---|---|")
     for name, (free, settings) in PLANS.items():
         where = "cuda" if "lora" in settings else "cpu"
-        cfg = pipo.Config(dtype="bfloat16", optimizer_device=where, **settings)
-        plan = found[name] = memory_plan(shapes, cfg, "cuda", free)
+        cfg = pipo.Config(dtype="bfloat16", **settings)
+        plan = found[name] = memory_plan(shapes, cfg, "cuda", where, free)
         flags = " ".join(f"`{pipo.flag(setting)} {value}`" for setting, value in settings.items())
         full = plan.tokens // (cfg.max_prompt_tokens + cfg.max_new_tokens)
         gib = "|".join(f"{n:.1f}" for n in plan.gib.values())

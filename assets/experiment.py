@@ -371,8 +371,8 @@ def tick(optimizer, lr: float) -> None:
     import torch
     for group in optimizer.param_groups:
         group["lr"] = lr
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
+    for weight in optimizer.weights:
+        weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -385,14 +385,14 @@ def without_momentum(optimizer):
     then a little too near 1 at first, by 6 % at the tenth step.
     """
     betas = [group["betas"] for group in optimizer.param_groups]
-    means = {weight: moments["exp_avg"].clone() for weight, moments in optimizer.state.items()}
+    means = {master: moments["exp_avg"].clone() for master, moments in optimizer.state.items()}
     for group in optimizer.param_groups:
         group["betas"] = 0.0, group["betas"][1]
     yield
     for group, own in zip(optimizer.param_groups, betas):
         group["betas"] = own
-    for weight, mean in means.items():
-        optimizer.state[weight]["exp_avg"].copy_(mean)
+    for master, mean in means.items():
+        optimizer.state[master]["exp_avg"].copy_(mean)
 
 
 @contextmanager
@@ -411,14 +411,12 @@ def second_step(iteration, kind: str):
     its place. The time it takes to measure them is left out of the row's seconds.
     """
     import pipo
-    import torch
     update, own = pipo.update, []
 
     def wrapped(run, problems, cfg):
         lr, row, taken = cfg.pi_lr or cfg.lr, dict(pi_gain=None, tick_gain=None, watching=0.0), []
         if kind == "own moments" and not own:
-            weights = run.optimizer.param_groups[0]["params"]
-            own.append(torch.optim.AdamW(weights, lr, weight_decay=cfg.weight_decay, fused=True))
+            own.append(pipo.MasterAdamW(run.model.parameters(), "cpu", lr=lr, weight_decay=cfg.weight_decay))
         optimizer = own[0] if own else run.optimizer
         momentum = without_momentum if kind == "beta1 0" else nullcontext
 
@@ -465,7 +463,6 @@ def second_step(iteration, kind: str):
 
 def with_variants(iteration, settings: dict, seed: int, folder: Path):
     """pipo.iteration with what the settings of a run change of it; the outermost wrapper comes last."""
-    import pipo
     if settings.get("reward_noise"):
         iteration = noisy(iteration, settings["reward_noise"])
     if settings["feedback"] == "shuffled":
@@ -478,7 +475,7 @@ def with_variants(iteration, settings: dict, seed: int, folder: Path):
         iteration = paired(iteration)
     tell = settings.get("told") == "truth"
     if size := 512 if tell else settings.get("measured"):
-        iteration = measured(iteration, pipo.read_jsonl(folder / "probe.jsonl")[:size], tell)
+        iteration = measured(iteration, read_rows(folder / "probe.jsonl")[:size], tell)
     if settings.get("roll_back"):
         iteration = rolling_back(iteration, settings["roll_back"])
     return iteration
@@ -525,6 +522,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a data set, or of metrics."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def task_folder(runs: Path, settings: dict) -> Path:
     """Where the warm start and the problems of a run are."""
     return runs / settings["task"] if "task" in settings else runs
@@ -566,7 +568,7 @@ def set_up_worker() -> None:
     torch.set_num_threads(1)
     # pipo's clock becomes this process's CPU time: with one thread that is the wall-clock time of a core
     # of its own, whatever else the machine does meanwhile.
-    pipo.time = SimpleNamespace(perf_counter=time.process_time)
+    pipo.time = SimpleNamespace(perf_counter=time.process_time, time=time.time)
 
 
 def perform(job: dict, runs: Path, start: str) -> dict:
@@ -602,11 +604,11 @@ def train_for_result(cfg, job: dict) -> dict:
             pipo.train(cfg)
         except FloatingPointError as error:
             failed = str(error).split(";")[0]
-    rows = pipo.read_jsonl(out / "metrics.jsonl")
+    rows = read_rows(out / "metrics.jsonl")
     result = job | dict(failed=failed, rows=len(rows), columns=to_columns(rows))
     write_whole(out / "result.json", json.dumps(result).encode())
-    for heavy in ("checkpoint", "model"):
-        shutil.rmtree(out / heavy, ignore_errors=True)
+    (out / pipo.CHECKPOINT).unlink(missing_ok=True)
+    shutil.rmtree(out / "model", ignore_errors=True)
     return result
 
 

@@ -118,7 +118,7 @@ def with_answers(evaluate):
 def perform(job: dict, out: Path) -> dict:
     """One run, in a worker of its own, from its last checkpoint if it has one."""
     import pipo
-    settings, there = job["settings"] | {}, (out / "checkpoint" / "state.pt").exists()
+    settings, there = job["settings"] | {}, (out / pipo.CHECKPOINT).exists()
     rows, train, held_out = sums(settings.pop("largest")), out / "train.jsonl", out / "eval.jsonl"
     experiment.write_rows(train, rows[EVAL:EVAL + TRAIN])
     experiment.write_rows(held_out, rows[:EVAL])

@@ -6,6 +6,9 @@
 import copy
 import functools
 import math
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import pipo  # noqa: E402
-from test_pipo import on_paper, three_weights  # noqa: E402, F401 (a fixture is used by its name)
+from test_pipo import folder, graded_by_coin, on_paper  # noqa: E402, F401 (fixtures, used by their names)
 
 torch.set_num_threads(1)
 
@@ -106,7 +109,7 @@ def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
     """The experiment's wrappers around an iteration that only records what it was given."""
     rewards, seen = torch.tensor([[1.0, 0.0]]), []
     model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = pipo.MasterAdamW(model.parameters(), "cpu", lr=0.1)
     run = pipo.Run(model, None, optimizer, pipo.ImprovementTracker(2))
 
     def iteration(run, problems, cfg):
@@ -135,6 +138,17 @@ def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
     assert run.tracker.history[-1] == 7.0
 
 
+def three_weights():
+    """Three weights after ten of pipo's AdamW steps along a direction, and that direction."""
+    direction, model = torch.tensor([3.0, -1.0, 0.5]), torch.nn.Linear(3, 1, bias=False)
+    optimizer = pipo.MasterAdamW(model.parameters(), "cpu", lr=0.01, weight_decay=0.0)
+    for _ in range(10):
+        model.weight.grad = -direction[None]
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer, direction
+
+
 def test_a_tick_and_what_is_undone(on_paper):
     """A gradient of zero moves weights by their momentum; undone, weights, moments and rate are as before."""
     model, optimizer, direction = three_weights()
@@ -143,8 +157,8 @@ def test_a_tick_and_what_is_undone(on_paper):
         on_paper.tick(optimizer, 0.02)
         assert ((model.weight - before) * direction > 0).all() and model.weight.grad is None
     assert model.weight.equal(before) and optimizer.param_groups[0]["lr"] == 0.01
-    for name, value in state["state"][0].items():
-        assert optimizer.state[model.weight][name].equal(value)
+    for name, value in state["adam"]["state"][0].items():
+        assert optimizer.state[optimizer.masters[0]][name].equal(value)
 
 
 def test_other_verification_steps(on_paper, monkeypatch):
@@ -182,9 +196,10 @@ def test_other_verification_steps(on_paper, monkeypatch):
         took = [step for step in steps if step != (True, 0.9)]
         assert took == {"own moments": [(False, 0.9)], "beta1 0": [(True, 0.0)]}.get(kind, [])
         assert len(steps) == (1 if kind in ("tick", "tick always") else 2) and pipo.update is update
-        ends[kind], phi, count = model.weight.detach().clone(), 0.0, shared.state[model.weight]["step"].item()
+        moments = shared.state[shared.masters[0]]
+        ends[kind], phi, count = model.weight.detach().clone(), 0.0, moments["step"].item()
         one(run, [], cfg)
-        assert shared.state[model.weight]["step"] - count == (2 if kind == "tick always" else 1)
+        assert shared.state[shared.masters[0]]["step"] - count == (2 if kind == "tick always" else 1)
     assert ends[None].equal(ends["adamw"])
     assert 0 < rows["adamw"]["pi_gain"] < rows["adamw"]["tick_gain"] == rows["tick"]["pi_gain"]
     assert rows["own moments"]["pi_gain"] < 0 and rows["beta1 0"]["pi_gain"] < 0
@@ -215,6 +230,23 @@ def test_noise_and_shuffled_feedback_by_hand(on_paper, monkeypatch):
     assert pipo.grade_all(None, None, None)[0] is rewards  # outside of an iteration
 
 
+def test_a_worker_does_a_whole_run(on_paper, folder, graded_by_coin, tmp_path, monkeypatch):
+    """Guards against a clock in place of pipo's that lacks what a run asks of it, and an optimizer unlike pipo's."""
+    monkeypatch.setattr(pipo, "time", pipo.time)  # to be as before, like what else set_up_worker changes
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    shutil.copytree(folder / "model", tmp_path / "start")
+    for name in ("train", "eval"):
+        shutil.copy(folder / "train.jsonl", tmp_path / f"{name}.jsonl")
+    on_paper.set_up_worker()
+    settings = dict(steps=3, prompts_per_step=4, window=2, eval_every=3, lr=1e-3, feedback="constant", constant=-0.5)
+    job = dict(condition="x", arm="own", seed=0, settings=settings | dict(second="own moments"))
+    result = on_paper.perform(job, tmp_path, "start")
+    assert result["rows"] == 4 and not result["failed"]
+    assert result["columns"]["feedback"] == [None, "warmup", "warmup", "negative"]
+    assert all(result["columns"][name][3] for name in ("pi_gain", "tick_gain", "seconds_verification"))
+
+
 @pytest.fixture
 def real_model(monkeypatch):
     """assets/real_model.py, without its model."""
@@ -233,7 +265,7 @@ def test_the_real_models_sums_are_understood_and_held_out(real_model):
     for arm, own in real_model.ARMS.items():  # settings that pipo takes
         settings = real_model.SETTINGS | own
         settings.pop("largest")
-        pipo.validate(pipo.Config(model="x", dataset="x", eval_dataset=["x"], **settings))
+        pipo.settled(pipo.Config(model="x", dataset="x", eval_dataset=["x"], **settings))
 
 
 def test_an_evaluation_says_how_many_have_an_answer(real_model, monkeypatch):

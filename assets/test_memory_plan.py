@@ -96,14 +96,15 @@ def test_the_memory_plan_covers_the_peak_of_a_pass(monkeypatch, sizes, lora, Q, 
         config = Qwen3Config(vocab_size=151936, **dict(tie_word_embeddings=True) | sizes)
         model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(not lora)
     cfg = Config(prompts_per_step=Q or 128, group_size=G or 8, max_new_tokens=3, dtype="bfloat16",
-                 optimizer_device="cpu", lora=lora, cache_tokens=n * (P + 3) or 2**20)
-    planned = bench.memory_plan(model, cfg, "cuda", 0).gib["sampling" if n else "training"] * 2**30
+                 lora=lora, cache_tokens=n * (P + 3) or 2**20)
+    planned = bench.memory_plan(model, cfg, "cuda", "cpu", 0).gib["sampling" if n else "training"] * 2**30
     model.set_attn_implementation("shared_heads")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
-        model.add_adapter(pytest.importorskip("peft").LoraConfig(r=lora, target_modules="all-linear"))
-    for weight in pipo.trained_weights(model).values():
-        weight.data, weight.grad_dtype = weight.data.float() if lora else weight.data, torch.float32
+        pytest.importorskip("peft")
+        pipo.add_adapters(model, cfg)
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        weight.grad_dtype = torch.float32
     no_padding = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
     with torch.device("meta"), no_padding, torch.set_grad_enabled(not n), Live(model.train(not n), T) as live:
         if not n:
