@@ -729,6 +729,13 @@ def test_evaluation_is_the_mean_grade_with_its_standard_error(model, tokenizer, 
     assert scores["eval_stderr"] == pytest.approx((p * (1 - p) / 32) ** 0.5)
 
 
+def test_every_evaluation_draws_the_same_random_numbers(folder, tmp_path, graded_by_coin):
+    """A policy that has not changed had another score each time, which looked like progress."""
+    cfg = settings(folder, tmp_path, lr=1e-12, weight_decay=0.0, eval_every=1, steps=3,
+                   eval_dataset=[str(folder / "train.jsonl")])
+    assert len({row["eval_pass@1"] for row in pipo.train(cfg)}) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Sampling. What makes it fast (groups that share a cache, rows that are dropped or wait) changes no token.
 # ------------------------------------------------------------------------------------------------------------
