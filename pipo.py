@@ -1713,7 +1713,7 @@ class Config:
     # evaluating, saving, showing
     eval_every: int = option(10, "steps between evaluations, 0 for none at all", 0, demo=20)
     eval_samples: int = option(1, "completions a held-out problem; above 1 there is a pass@k too", 1)
-    save_every: int = option(10, "steps between checkpoints, 0 for none", 0, demo=20)
+    save_every: int = option(5, "steps between checkpoints, 0 for none", 0, demo=20)
     show_every: int = option(5, "steps between samples shown on the screen, 0 for none", 0, demo=20)
     tracker: str = option("", "send the metrics there too", choices=("", "wandb", "trackio"))
 
