@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import pipo  # noqa: E402
-from test_pipo import folder, graded_by_coin, on_paper  # noqa: E402, F401 (fixtures, used by their names)
+from test_pipo import folder, graded_by_coin, on_paper, section_of, table_rows  # noqa: E402, F401 (fixtures, too)
 
 torch.set_num_threads(1)
 
@@ -307,3 +307,16 @@ def test_the_real_models_figure_and_table_from_packed_runs(real_model, tmp_path,
     monkeypatch.setitem(real_model.SETTINGS, "lr", 1.0)
     with pytest.raises(SystemExit, match="other settings"):
         real_model.run(args)
+
+
+def test_the_readmes_table_is_of_the_packed_runs(real_model):
+    """Guards against a README that was not changed with the runs."""
+    import experiment
+    runs = experiment.read_pack(HERE / "assets", "smollm2", real_model.ARMS)
+    arms = {arm: [run for run in runs if run["arm"] == arm] for arm in real_model.KEPT}
+    packed = [row for row in table_rows(real_model.table(arms)) if "---" not in row[0]][1:]
+    told = [row for row in table_rows(section_of(HERE / "README.md", "A real small model")) if "---" not in row[0]][1:]
+    assert len(told) == len(arms) == 5 and all(len(some) == 4 for some in arms.values())
+    for label, end, gap, equal_time, seconds in told:
+        row, = [row for row in packed if row[0] == label]
+        assert [end, gap, equal_time, seconds] == [row[i].replace(" ", "") for i in (3, 4, 6, 9)]
