@@ -1117,7 +1117,8 @@ less than an empty tick does. With β₁ = 0 it moves that batch back, with mome
 At the safe rate such real steps gain about what the tick gains, and PIPO with them no more than the constant with
 them: ξ does not pay there either. At the edge they ruin every run, whatever scales them. So momentum is most of
 what the second step is, and what makes the feedback harmless. Where a tenth of the updates is inverted, steps that
-do go back repair nothing either: a harm costs as much with them, with the constant, and with none.
+do go back repair nothing either: a harm costs as much with them, with the constant, and with none. From rates ten
+times too high the constant recovers in part, PIPO no more than it.
 
 These runs have a warm start of their own, with baselines from it, and were made beside other work: their levels do
 not compare with those of other sections, and they are not timed. A tick "always" is taken where φ = 0, too."""
