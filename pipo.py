@@ -1595,8 +1595,9 @@ def save_checkpoint(run: Run, problems: list[Problem], cfg: Config, out: Path) -
     """All that a resumed run needs, swapped in whole. If the disk is full, that is said and the old one stays."""
     path = out / CHECKPOINT
     partial_file = path.with_suffix(".partial")
+    # the reference's log-probabilities of a batch are for its exploration step alone, which is done
     state = {"config": asdict(cfg), "problems": len(problems), "optimizer": run.optimizer.state_dict(),
-             "window": list(run.tracker.history), "previous": vars(run.previous),
+             "window": list(run.tracker.history), "previous": vars(replace(run.previous, ref_logprobs=None)),
              "step": run.step, "name": run.name, "cache_tokens": run.cache_tokens}
     try:
         torch.save(state, partial_file)
