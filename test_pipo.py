@@ -2109,12 +2109,13 @@ def on_paper(monkeypatch):
 
 
 def three_weights():
-    """Three weights after ten AdamW steps along a direction, and that direction."""
+    """Three weights after ten of pipo's AdamW steps along a direction, and that direction."""
     direction, model = torch.tensor([3.0, -1.0, 0.5]), torch.nn.Linear(3, 1, bias=False)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, fused=True)
+    optimizer = pipo.MasterAdamW(model.parameters(), "cpu", lr=0.01, weight_decay=0.0)
     for _ in range(10):
         model.weight.grad = -direction[None]
         optimizer.step()
+    optimizer.zero_grad()
     return model, optimizer, direction
 
 
@@ -2131,9 +2132,10 @@ def test_a_small_step_back_by_hand(on_paper):
     model, shared, direction = three_weights()
     assert moved(shared, -6.0) == [-1.0, -1.0, -1.0]  # 0.9 * 0.65 - 0.1 * 6 < 0
     model, shared, direction = three_weights()
-    mean = shared.state[model.weight]["exp_avg"].clone()
+    state = shared.state[shared.masters[0]]
+    mean = state["exp_avg"].clone()
     with on_paper.without_momentum(shared):
         assert moved(shared, -0.1) == [-1.0, -1.0, -1.0]
-    assert shared.state[model.weight]["exp_avg"].equal(mean) and shared.state[model.weight]["step"] == 11
+    assert state["exp_avg"].equal(mean) and state["step"] == 11
     assert [group["betas"] for group in shared.param_groups] == [(0.9, 0.999)]
     assert moved(torch.optim.AdamW(model.parameters(), 0.01), -0.1) == [-1.0, -1.0, -1.0]  # moments of its own

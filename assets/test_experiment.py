@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import pipo  # noqa: E402
-from test_pipo import folder, graded_by_coin, on_paper, section_of, table_rows  # noqa: E402, F401 (fixtures, too)
+from test_pipo import (  # noqa: E402, F401 (fixtures, too)
+    folder, graded_by_coin, on_paper, section_of, table_rows, three_weights)
 
 torch.set_num_threads(1)
 
@@ -136,17 +137,6 @@ def test_harm_roll_back_and_a_tracker_that_hears_something_else(on_paper):
     told["mu"] = 7.0
     run.tracker.push(0.0)
     assert run.tracker.history[-1] == 7.0
-
-
-def three_weights():
-    """Three weights after ten of pipo's AdamW steps along a direction, and that direction."""
-    direction, model = torch.tensor([3.0, -1.0, 0.5]), torch.nn.Linear(3, 1, bias=False)
-    optimizer = pipo.MasterAdamW(model.parameters(), "cpu", lr=0.01, weight_decay=0.0)
-    for _ in range(10):
-        model.weight.grad = -direction[None]
-        optimizer.step()
-    optimizer.zero_grad()
-    return model, optimizer, direction
 
 
 def test_a_tick_and_what_is_undone(on_paper):
